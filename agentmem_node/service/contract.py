@@ -1,0 +1,69 @@
+"""What the HTTP layer and the console ask of a node. `agentmem_node.service.node.Node` provides it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agentmem_node.model import requests as rq
+from agentmem_node.model.limits import Limits
+from agentmem_node.model.search import Consistency, SearchAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and until when. Made by the authentication layer, one a request."""
+
+    tenant: str
+    key_id: str
+    deadline: float  # on the node's monotonic clock
+    request_id: bytes | None = None  # 16 bytes, from Idempotency-Key; None: one is drawn
+    fingerprint: bytes = b""  # 8 bytes of the body: the same key with another body is refused
+    hops: int = 0  # 1 when another node forwarded it: never forwarded twice
+
+
+class NodeService(Protocol):
+    """Every method raises errors of `agentmem_cluster.errors` only."""
+
+    node_id: str
+    limits: Limits
+
+    async def add(self, caller: Caller, items: list[rq.AddRequest]) -> rq.AddAnswer:
+        """Per-item results for bad items when there are several; a single bad item raises."""
+        ...
+
+    async def get(
+        self, caller: Caller, memory_id: str, consistency: Consistency, token: str | None
+    ) -> rq.MemoryAnswer: ...
+
+    async def update(
+        self, caller: Caller, memory_id: str, change: rq.UpdateRequest
+    ) -> rq.MemoryAnswer: ...
+
+    async def delete(
+        self, caller: Caller, memory_id: str, expected_version: int | None
+    ) -> rq.DeleteAnswer: ...
+
+    async def delete_many(self, caller: Caller, ids: list[str]) -> rq.DeleteAnswer: ...
+
+    async def list(self, caller: Caller, query: rq.ListQuery) -> rq.ListAnswer: ...
+
+    async def history(self, caller: Caller, memory_id: str) -> rq.HistoryAnswer: ...
+
+    async def search(self, caller: Caller, request: rq.SearchRequest) -> SearchAnswer: ...
+
+    def encode_cursor(self, request: rq.SearchRequest, answer: SearchAnswer) -> str | None: ...
+
+    def cluster_view(self) -> dict[str, Any]:
+        """GET /cluster: nodes, shard map (version, slots, shard -> epoch, members, leader), groups."""
+        ...
+
+    def tenant_of_key(self, key_hash: bytes) -> tuple[str, str] | None:
+        """(tenant, key id) of an API key's SHA-256, or None."""
+        ...
+
+    def keys_required(self) -> bool: ...
+
+    def ready(self) -> tuple[bool, dict[str, Any]]:
+        """(ready, reasons): every local group has a known leader and has caught up."""
+        ...
