@@ -1,0 +1,177 @@
+"""Where shards are and who leads them: one object that reads and writes ask before they act.
+
+A request that concerns a shard is served here when this node can, and otherwise forwarded once
+over the peer link. While a shard has no leader (an election takes about a second) a request
+waits for one, within its own deadline, and no longer than `leader_wait_s_max`: a minority
+refuses rather than keep its callers hanging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from agentmem_cluster.errors import (
+    DeadlineExceeded,
+    NoQuorum,
+    NotLeader,
+    Unavailable,
+    WrongShard,
+)
+from agentmem_cluster.link.link import Link
+from agentmem_cluster.raft.host import AsyncGroup
+from agentmem_cluster.runtime import Clock
+from agentmem_cluster.shardmap import ShardInfo, ShardMap
+from agentmem_node.engine.shard import Shard
+
+# Long enough for two elections (timeouts are 0.5 to 1.0 s), short enough that a minority says no.
+_LEADER_WAIT_S_MAX = 2.5
+_LEADER_POLL_S = 0.02
+# What the reply needs to come back after the remote side's own deadline has fired.
+_REPLY_MARGIN_S = 0.05
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class LocalShard:
+    """A shard that has a replica on this node."""
+
+    info: ShardInfo
+    group: AsyncGroup
+    shard: Shard
+
+
+class Routing:
+    def __init__(self, node_id: str, link: Link | None, clock: Clock) -> None:
+        self.node_id = node_id
+        self.local: dict[str, LocalShard] = {}
+        self.map: ShardMap | None = None
+        self._link = link
+        self._clock = clock
+        self._leader_hints: dict[str, str] = {}
+
+    # -- what is where ------------------------------------------------------------------
+
+    def current_map(self) -> ShardMap:
+        """The shard map. Raises Unavailable while this node has not learnt it yet."""
+        if self.map is None:
+            raise Unavailable(
+                "This node has not learnt the shard map yet.",
+                hint="It is still starting, or cannot reach a majority of the cluster.",
+            )
+        return self.map
+
+    def shard_of(self, tenant: str, owner: str) -> str:
+        return self.current_map().shard_of(tenant, owner).id
+
+    def shard_of_slot(self, slot: int) -> str:
+        return self.current_map().shard_of_slot(slot).id
+
+    def leader_of(self, shard_id: str) -> str | None:
+        """The node that leads a shard, as far as this node knows."""
+        here = self.local.get(shard_id)
+        if here is not None:
+            return here.group.leader
+        return self._leader_hints.get(shard_id)
+
+    def check_epoch(self, shard_id: str, epoch: int) -> LocalShard:
+        """The local replica that a peer's call names. Raises WrongShard when it is not here."""
+        here = self.local.get(shard_id)
+        if here is None or here.info.epoch != epoch:
+            version = 0 if self.map is None else self.map.version
+            raise WrongShard(
+                f"Node {self.node_id} does not serve shard {shard_id} at epoch {epoch}.",
+                hint="Fetch the shard map again.",
+                map_version=version,
+            )
+        return here
+
+    def remaining(self, deadline: float) -> float:
+        """Seconds left. Raises DeadlineExceeded when none are."""
+        left = deadline - self._clock.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(
+                "The deadline of the request passed before it was finished.",
+                hint="Retry with the same Idempotency-Key, or allow more time.",
+            )
+        return left
+
+    # -- acting -------------------------------------------------------------------------
+
+    async def at_leader(
+        self,
+        shard_id: str,
+        deadline: float,
+        here: Callable[[LocalShard], Awaitable[T]],
+        there: Callable[[str, ShardInfo], Awaitable[T]],
+    ) -> T:
+        """Run `here` when this node leads the shard, else `there(leader, info)`.
+
+        NotLeader and WrongShard are certainly-not-done outcomes, so the call goes on with the
+        next leader until the deadline. Everything else is the caller's.
+        """
+        give_up = min(deadline, self._clock.monotonic() + _LEADER_WAIT_S_MAX)
+        while True:
+            local = self.local.get(shard_id)
+            try:
+                if local is not None and local.group.is_leader:
+                    return await here(local)
+                leader = self._next_leader(shard_id)
+                if leader is not None and leader != self.node_id:
+                    info = self.current_map().shards[shard_id]
+                    return await there(leader, info)
+            except NotLeader as error:
+                if error.leader:
+                    self._leader_hints[shard_id] = error.leader
+                else:
+                    self._leader_hints.pop(shard_id, None)
+            except WrongShard:
+                self._leader_hints.pop(shard_id, None)
+            if self._clock.monotonic() >= give_up:
+                self.remaining(deadline)
+                raise NoQuorum(
+                    f"Shard {shard_id} has no leader that this node can reach.",
+                    hint="A majority of its replicas must be up; `agentmem cluster status` shows them.",
+                    shard=shard_id,
+                )
+            await asyncio.sleep(_LEADER_POLL_S)
+
+    def _next_leader(self, shard_id: str) -> str | None:
+        known = self.leader_of(shard_id)
+        if known is not None or shard_id in self.local:
+            return known
+        # Not a member: ask any member, who answers or names the leader.
+        members = self.current_map().shards[shard_id].members
+        candidates = [m for m in members if self.is_connected(m)]
+        return candidates[0] if candidates else None
+
+    def is_connected(self, peer: str) -> bool:
+        return peer == self.node_id or (self._link is not None and self._link.is_up(peer))
+
+    async def call(self, peer: str, method: str, body: dict[str, Any], deadline: float) -> Any:
+        """One call to a peer, under the request's deadline (its milliseconds travel as `left_ms`).
+
+        Raises the peer's error, Unavailable when it is not connected, DeadlineExceeded.
+        """
+        if self._link is None:
+            raise Unavailable(f"Node {peer} is unknown: this node runs alone.")
+        left = self.remaining(deadline)
+        body["left_ms"] = max(1, int((left - _REPLY_MARGIN_S) * 1000))
+        return await self._link.call(peer, method, body, timeout=left)
+
+    def replica_for_read(self, shard_id: str, avoid: Iterable[str] = ()) -> str | None:
+        """This node when it has a replica, else a connected member, leaders first."""
+        if shard_id in self.local:
+            return self.node_id
+        info = self.current_map().shards[shard_id]
+        avoided = set(avoid)
+        order = sorted(info.members, key=lambda m: m != self._leader_hints.get(shard_id))
+        for member in order:
+            if member not in avoided and self.is_connected(member):
+                return member
+        return None
+
+
