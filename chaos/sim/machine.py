@@ -1,0 +1,158 @@
+"""The state machine that simulated groups replicate: registers, counters and a request ledger.
+
+Small, but of the same shape as a shard: a command carries its request id, the ledger makes it
+take effect once whatever is retried, a rolling digest covers commands *and* results, and the
+state becomes durable only at checkpoints (LMDB without a sync per transaction: what was applied
+survives the process, only what was synced survives the machine).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgpack
+from agentmem_cluster.raft.api import Entry
+
+
+class Command(NamedTuple):
+    request: str
+    kind: str  # "write", "cas" or "add"
+    key: str
+    value: int
+    expected: int | None = None
+
+    def encode(self) -> bytes:
+        packed: bytes = msgpack.packb(list(self))
+        return packed
+
+    @classmethod
+    def decode(cls, data: bytes) -> Command:
+        return cls(*msgpack.unpackb(data))
+
+
+class Effect(NamedTuple):
+    """What a command did. `fresh` is False when the ledger answered instead."""
+
+    ok: bool
+    value: int | None
+    fresh: bool
+
+
+@dataclass(slots=True)
+class MachineState:
+    applied_index: int = 0
+    digest: bytes = bytes(16)
+    registers: dict[str, tuple[int, int]] = field(default_factory=dict)  # value, index of change
+    ledger: dict[str, tuple[bool, int | None]] = field(default_factory=dict)
+
+    def copy(self) -> MachineState:
+        return MachineState(
+            self.applied_index, self.digest, dict(self.registers), dict(self.ledger)
+        )
+
+
+@dataclass(slots=True)
+class MachineStore:
+    """Where one replica's state lives between two processes: page cache and platter."""
+
+    cached: MachineState = field(default_factory=MachineState)
+    durable: MachineState = field(default_factory=MachineState)
+
+    def power_loss(self) -> None:
+        self.cached = self.durable.copy()
+
+    def kill(self, *, keeps_cached: bool) -> None:
+        if not keeps_cached:
+            self.cached = self.durable.copy()
+
+
+class CheckpointJob:
+    def __init__(self, store: MachineStore, state: MachineState) -> None:
+        self._store = store
+        self._state = state
+        self.index = state.applied_index
+
+    def run(self) -> None:
+        self._store.durable = self._state
+
+
+Observer = Callable[[Sequence[Entry], list[Effect], "RegisterMachine"], None]
+
+
+class RegisterMachine:
+    """Implements `agentmem_cluster.raft.api.StateMachine` over a `MachineStore`."""
+
+    keeps_ledger = True
+
+    def __init__(self, store: MachineStore, observe: Observer) -> None:
+        self._store = store
+        self._observe = observe
+        self._durable_index = store.durable.applied_index
+
+    @property
+    def applied_index(self) -> int:
+        return self._store.cached.applied_index
+
+    @property
+    def durable_index(self) -> int:
+        return self._durable_index
+
+    def apply(self, entries: Sequence[Entry]) -> list[Effect]:
+        state = self._store.cached
+        results = []
+        for entry in entries:
+            effect = self._apply_one(state, entry)
+            state.applied_index = entry.index
+            state.digest = hashlib.blake2b(
+                b"%d %d %r" % (entry.index, len(entry.command), tuple(effect)) + entry.command,
+                key=state.digest,
+                digest_size=16,
+            ).digest()
+            results.append(effect)
+        self._observe(entries, results, self)
+        return results
+
+    def _apply_one(self, state: MachineState, entry: Entry) -> Effect:
+        if not entry.command:
+            return Effect(True, None, False)
+        command = Command.decode(entry.command)
+        if self.keeps_ledger and command.request in state.ledger:
+            ok, value = state.ledger[command.request]
+            return Effect(ok, value, False)
+        current = state.registers.get(command.key, (None, 0))[0]
+        ok, value = True, command.value
+        if command.kind == "cas":
+            ok = current == command.expected
+        elif command.kind == "add":
+            value += current or 0
+        if ok:
+            state.registers[command.key] = (value, entry.index)
+        state.ledger[command.request] = (ok, value if ok else current)
+        return Effect(ok, value if ok else current, True)
+
+    def read(self, key: str) -> int | None:
+        return self._store.cached.registers.get(key, (None, 0))[0]
+
+    def changed_at(self, key: str) -> int:
+        """The index of the entry that changed `key` last; 0 when it was never set."""
+        return self._store.cached.registers.get(key, (None, 0))[1]
+
+    def requests(self) -> set[str]:
+        return set(self._store.cached.ledger)
+
+    def checkpoint(self) -> CheckpointJob | None:
+        if self.applied_index == self._durable_index:
+            return None
+        return CheckpointJob(self._store, self._store.cached.copy())
+
+    def checkpoint_done(self, job: Any) -> None:
+        self._durable_index = max(self._durable_index, job.index)
+
+    def digest(self) -> bytes:
+        return self._store.cached.digest
+
+    def close(self) -> None:
+        pass

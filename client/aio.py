@@ -1,0 +1,240 @@
+"""The asyncio client: aiohttp does what `core.Exchange` says."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar, Unpack
+
+import aiohttp
+
+from agentmem_client import calls
+from agentmem_client.core import Done, Exchange, Fail, Failure, Instruction, Policy, Router, Send
+from agentmem_client.errors import ClientClosed
+from agentmem_client.results import (
+    AddResult,
+    DeleteResult,
+    HistoryEntry,
+    Memory,
+    Page,
+    SearchResult,
+)
+from agentmem_client.topology import Topology
+
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:7700"
+
+
+def seed_urls(urls: str | Sequence[str]) -> list[str]:
+    """Seed URLs from one, several separated by commas, or a sequence; `http://` may be left out."""
+    given = urls.split(",") if isinstance(urls, str) else list(urls)
+    cleaned = [url.strip().rstrip("/") for url in given if url.strip()]
+    if not cleaned:
+        raise ValueError("At least one URL of a node is needed.")
+    return [url if "://" in url else f"http://{url}" for url in cleaned]
+
+
+class AsyncClient:
+    """Talks to a cluster: `async with AsyncClient("http://127.0.0.1:7700") as memory: ...`.
+
+    `urls`: one or more nodes; the others are learnt from them. Safe to share by many tasks;
+    at most `in_flight_max` requests are on the wire at once, the rest wait their turn.
+    Every method raises errors of `agentmem_client.errors` only.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str] = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        policy: Policy | None = None,
+        in_flight_max: int = 256,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._router = Router(
+            seed_urls(urls), random.random, policy or Policy(), api_key=api_key
+        )
+        self._in_flight_max = in_flight_max
+        self._tls = tls
+        self._session: aiohttp.ClientSession | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # -- the driver ---------------------------------------------------------------------
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise ClientClosed("This client was closed.")
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                limit=self._in_flight_max, ssl=self._tls if self._tls is not None else True
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                auto_decompress=True,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        return self._session
+
+    async def run(self, call: calls.Call[T]) -> T:
+        """Carry out one call, retries included."""
+        session = self._open_session()
+        clock = asyncio.get_running_loop().time
+        exchange = Exchange(call, self._router, clock())
+        step = exchange.start(clock())
+        while True:
+            if isinstance(step, Done):
+                return step.value
+            if isinstance(step, Fail):
+                raise step.error
+            if isinstance(step, Send):
+                step = await self._send(session, step, exchange)
+            else:
+                await asyncio.sleep(step.seconds)
+                step = exchange.woke(clock())
+
+    async def _send(
+        self, session: aiohttp.ClientSession, request: Send, exchange: Exchange[T]
+    ) -> Instruction[T]:
+        clock = asyncio.get_running_loop().time
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                async with session.request(
+                    request.method,
+                    request.url,
+                    data=request.body,
+                    headers=request.headers,
+                    allow_redirects=False,
+                ) as answer:
+                    body = await answer.read()
+            return exchange.answered(answer.status, answer.headers, body, clock())
+        except TimeoutError:
+            return exchange.failed(Failure.TIMED_OUT, "no answer in time", clock())
+        except aiohttp.ClientConnectorError as error:
+            return exchange.failed(Failure.REFUSED, _reason(error), clock())
+        except (aiohttp.ClientError, OSError) as error:
+            return exchange.failed(Failure.BROKEN, _reason(error), clock())
+
+    async def run_batch(self, batch: calls.Batch[T]) -> T:
+        """Carry out a batch: one call for each leader, side by side."""
+        if self._router.topology is None and not batch.whole:
+            await self.cluster()
+        parts = batch.split(self._router.topology)
+        if not parts:
+            return batch.merge(())
+        tasks = [asyncio.ensure_future(self.run(call)) for _, call in parts]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return batch.merge(
+            [(positions, answer) for (positions, _), answer in zip(parts, answers, strict=True)]
+        )
+
+    # -- the calls ----------------------------------------------------------------------
+
+    async def add(
+        self,
+        content: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        **options: Unpack[calls.AddOptions],
+    ) -> AddResult:
+        """Store a text, or each of `messages` (`role`, `content`), under at least one scope id."""
+        return await self.run(calls.add(content, messages, options))
+
+    async def add_many(
+        self, memories: Iterable[Mapping[str, Any]], **shared: Unpack[calls.AddOptions]
+    ) -> AddResult:
+        """Store up to 1,000 memories; a bad one is refused alone, in its place of the results."""
+        return await self.run_batch(calls.add_many(memories, shared))
+
+    async def get(self, memory_id: str, **options: Unpack[calls.ReadOptions]) -> Memory:
+        """One memory. Raises NotFound."""
+        return await self.run(calls.get(memory_id, options))
+
+    async def update(
+        self, memory_id: str, content: str | None = None, **options: Unpack[calls.UpdateOptions]
+    ) -> Memory:
+        """Change the given fields. Raises Conflict when `expected_version` is not the current one."""
+        return await self.run(calls.update(memory_id, content, options))
+
+    async def delete(
+        self,
+        memory_id: str,
+        *,
+        expected_version: int | None = None,
+        **options: Unpack[calls.WriteOptions],
+    ) -> None:
+        """Delete one memory. Raises NotFound, or Conflict when the version moved."""
+        await self.run(calls.delete(memory_id, expected_version, options))
+
+    async def delete_many(
+        self, ids: Iterable[str], **options: Unpack[calls.WriteOptions]
+    ) -> DeleteResult:
+        """Delete up to 1,000 memories; an id that is not there is named in its place."""
+        return await self.run_batch(calls.delete_many(ids, options))
+
+    async def list_page(self, **options: Unpack[calls.ListOptions]) -> Page:
+        """One page of memories, newest first; `next_cursor` continues it."""
+        return await self.run(calls.list_page(options))
+
+    async def list(self, **options: Unpack[calls.ListOptions]) -> AsyncIterator[Memory]:
+        """Every memory of a scope, newest first, fetched page by page as it is consumed."""
+        while True:
+            page = await self.list_page(**options)
+            for memory in page.results:
+                yield memory
+            if page.next_cursor is None:
+                return
+            options["cursor"] = page.next_cursor
+
+    async def history(
+        self, memory_id: str, *, deadline_s: float | None = None
+    ) -> tuple[HistoryEntry, ...]:
+        """Every version of a memory, oldest first, its deletion included."""
+        return await self.run(calls.history(memory_id, {"deadline_s": deadline_s}))
+
+    async def search(
+        self, query: str | None = None, **options: Unpack[calls.SearchOptions]
+    ) -> SearchResult:
+        """The best memories for a text and/or a `vector`, within a scope and `filters`."""
+        return await self.run(calls.search(query, options))
+
+    async def search_many(
+        self, searches: Iterable[Mapping[str, Any]], *, deadline_s: float | None = None
+    ) -> tuple[SearchResult, ...]:
+        """Up to 50 searches at once; each is the arguments of `search`, with `query`."""
+        return (await self.run_batch(calls.search_many(searches, deadline_s))).results
+
+    async def cluster(self, *, deadline_s: float | None = None) -> Topology:
+        """The cluster as a node sees it now: nodes, shards, leaders; the whole view is `.raw`."""
+        return await self.run(calls.cluster(deadline_s))
+
+
+def _reason(error: BaseException) -> str:
+    cause = getattr(error, "os_error", None) or error
+    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return str(text)

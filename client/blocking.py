@@ -1,0 +1,194 @@
+"""The blocking client: the asyncio one on a private event loop, in a thread of its own.
+
+There is one copy of every rule (`core`) and one of the I/O (`aio`): a caller without an event
+loop borrows both. Safe to use from many threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from types import TracebackType
+from typing import Any, TypeVar, Unpack
+
+from agentmem_client import calls
+from agentmem_client.aio import DEFAULT_URL, AsyncClient
+from agentmem_client.core import Policy
+from agentmem_client.errors import ClientClosed
+from agentmem_client.results import (
+    AddResult,
+    DeleteResult,
+    HistoryEntry,
+    Memory,
+    Page,
+    SearchResult,
+)
+from agentmem_client.topology import Topology
+
+T = TypeVar("T")
+
+
+class Client:
+    """Talks to a cluster: `with Client("http://127.0.0.1:7700") as memory: ...`.
+
+    The same calls, arguments and errors as `AsyncClient`, each blocking until its result.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str] = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        policy: Policy | None = None,
+        in_flight_max: int = 256,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._client = AsyncClient(
+            urls, api_key=api_key, policy=policy, in_flight_max=in_flight_max, tls=tls
+        )
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections and end the thread. Calls under way in other threads fail."""
+        with self._lock:
+            self._closed = True
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is None or thread is None:
+            return
+        asyncio.run_coroutine_threadsafe(_end(self._client), loop).result(timeout=5.0)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=5.0)
+        loop.close()
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._closed:
+                raise ClientClosed("This client was closed.")
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="agentmem-client", daemon=True
+                )
+                self._thread.start()
+            return self._loop
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            loop = self._running_loop()
+        except ClientClosed:
+            work.close()
+            raise
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise ClientClosed("The client was closed during the call.") from None
+        except BaseException:
+            # Ctrl-C in the caller's thread: nobody waits for the call any more.
+            future.cancel()
+            raise
+
+    # -- the calls: see AsyncClient -------------------------------------------------------
+
+    def add(
+        self,
+        content: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        **options: Unpack[calls.AddOptions],
+    ) -> AddResult:
+        """Store a text, or each of `messages` (`role`, `content`), under at least one scope id."""
+        return self._wait(self._client.add(content, messages=messages, **options))
+
+    def add_many(
+        self, memories: Iterable[Mapping[str, Any]], **shared: Unpack[calls.AddOptions]
+    ) -> AddResult:
+        """Store up to 1,000 memories; a bad one is refused alone, in its place of the results."""
+        return self._wait(self._client.add_many(memories, **shared))
+
+    def get(self, memory_id: str, **options: Unpack[calls.ReadOptions]) -> Memory:
+        """One memory. Raises NotFound."""
+        return self._wait(self._client.get(memory_id, **options))
+
+    def update(
+        self, memory_id: str, content: str | None = None, **options: Unpack[calls.UpdateOptions]
+    ) -> Memory:
+        """Change the given fields. Raises Conflict when `expected_version` is not the current one."""
+        return self._wait(self._client.update(memory_id, content, **options))
+
+    def delete(
+        self,
+        memory_id: str,
+        *,
+        expected_version: int | None = None,
+        **options: Unpack[calls.WriteOptions],
+    ) -> None:
+        """Delete one memory. Raises NotFound, or Conflict when the version moved."""
+        self._wait(self._client.delete(memory_id, expected_version=expected_version, **options))
+
+    def delete_many(
+        self, ids: Iterable[str], **options: Unpack[calls.WriteOptions]
+    ) -> DeleteResult:
+        """Delete up to 1,000 memories; an id that is not there is named in its place."""
+        return self._wait(self._client.delete_many(ids, **options))
+
+    def list_page(self, **options: Unpack[calls.ListOptions]) -> Page:
+        """One page of memories, newest first; `next_cursor` continues it."""
+        return self._wait(self._client.list_page(**options))
+
+    def list(self, **options: Unpack[calls.ListOptions]) -> Iterator[Memory]:
+        """Every memory of a scope, newest first, fetched page by page as it is consumed."""
+        while True:
+            page = self.list_page(**options)
+            yield from page.results
+            if page.next_cursor is None:
+                return
+            options["cursor"] = page.next_cursor
+
+    def history(
+        self, memory_id: str, *, deadline_s: float | None = None
+    ) -> tuple[HistoryEntry, ...]:
+        """Every version of a memory, oldest first, its deletion included."""
+        return self._wait(self._client.history(memory_id, deadline_s=deadline_s))
+
+    def search(
+        self, query: str | None = None, **options: Unpack[calls.SearchOptions]
+    ) -> SearchResult:
+        """The best memories for a text and/or a `vector`, within a scope and `filters`."""
+        return self._wait(self._client.search(query, **options))
+
+    def search_many(
+        self, searches: Iterable[Mapping[str, Any]], *, deadline_s: float | None = None
+    ) -> tuple[SearchResult, ...]:
+        """Up to 50 searches at once; each is the arguments of `search`, with `query`."""
+        return self._wait(self._client.search_many(searches, deadline_s=deadline_s))
+
+    def cluster(self, *, deadline_s: float | None = None) -> Topology:
+        """The cluster as a node sees it now: nodes, shards, leaders; the whole view is `.raw`."""
+        return self._wait(self._client.cluster(deadline_s=deadline_s))
+
+
+async def _end(client: AsyncClient) -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await client.close()
