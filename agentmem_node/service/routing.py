@@ -163,15 +163,13 @@ class Routing:
         return await self._link.call(peer, method, body, timeout=left)
 
     def replica_for_read(self, shard_id: str, avoid: Iterable[str] = ()) -> str | None:
-        """This node when it has a replica, else a connected member, leaders first."""
-        if shard_id in self.local:
+        """This node when it has a replica, else a connected member, the leader first."""
+        avoided = set(avoid)
+        if shard_id in self.local and self.node_id not in avoided:
             return self.node_id
         info = self.current_map().shards[shard_id]
-        avoided = set(avoid)
         order = sorted(info.members, key=lambda m: m != self._leader_hints.get(shard_id))
         for member in order:
-            if member not in avoided and self.is_connected(member):
+            if member not in avoided and member != self.node_id and self.is_connected(member):
                 return member
         return None
-
-

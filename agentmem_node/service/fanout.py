@@ -1,0 +1,130 @@
+"""Asking several shards at once: one replica of each, under one deadline, hedged.
+
+A shard that this node holds is read here. Of the others one connected member is asked, several
+shards of it in one call. When that member has not answered after `hedge_s`, or failed, the next
+one is asked too, and the first answer counts. A shard of which no replica answered in time is
+named in the result: what is missing is never hidden.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from agentmem_cluster.errors import AgentMemError, NoQuorum
+from agentmem_cluster.runtime import Clock
+from agentmem_node.service.routing import Routing
+
+T = TypeVar("T")
+# (node, shards) -> the answer, or the error, of each shard.
+Ask = Callable[[str, Sequence[str]], Awaitable[dict[str, T | AgentMemError]]]
+
+# Kept back from the deadline, so that what did arrive can still be merged and sent.
+_MERGE_S = 0.02
+
+
+@dataclass(slots=True)
+class Gathered(Generic[T]):
+    answers: dict[str, T] = field(default_factory=dict)
+    errors: dict[str, AgentMemError] = field(default_factory=dict)  # the last one of a shard
+
+    def missing(self, shards: Sequence[str]) -> list[str]:
+        return [shard for shard in shards if shard not in self.answers]
+
+
+class FanOut:
+    def __init__(self, routing: Routing, clock: Clock, hedge_s: float) -> None:
+        self._routing = routing
+        self._clock = clock
+        self._hedge_s = hedge_s
+
+    async def gather(self, shards: Sequence[str], ask: Ask[T], deadline: float) -> Gathered[T]:
+        """One answer of each shard, as far as there is one in time. Raises DeadlineExceeded only
+        when there was no time at all."""
+        self._routing.remaining(deadline)
+        run = _Run(self._routing, ask)
+        try:
+            run.launch(shards)
+            hedged = False
+            while run.tasks and run.pending:
+                left = deadline - _MERGE_S - self._clock.monotonic()
+                if left <= 0:
+                    break
+                done, _ = await asyncio.wait(
+                    run.tasks,
+                    timeout=left if hedged else min(left, self._hedge_s),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done and not hedged:
+                    hedged = True
+                    run.launch(sorted(run.pending), hedge=True)
+                for task in done:
+                    run.collect(task)
+            return run.gathered
+        finally:
+            for task in run.tasks:
+                task.cancel()
+
+
+class _Run(Generic[T]):
+    """One fan-out under way."""
+
+    def __init__(self, routing: Routing, ask: Ask[T]) -> None:
+        self.gathered: Gathered[T] = Gathered()
+        self.pending: set[str] = set()
+        self.tasks: dict[asyncio.Task[dict[str, T | AgentMemError]], tuple[str, list[str]]] = {}
+        self._tried: dict[str, set[str]] = {}
+        self._routing = routing
+        self._ask = ask
+
+    def launch(self, shards: Sequence[str], *, hedge: bool = False) -> None:
+        """Ask a replica that was not asked yet for each shard."""
+        by_node: dict[str, list[str]] = {}
+        for shard in shards:
+            tried = self._tried.setdefault(shard, set())
+            node = self._routing.replica_for_read(shard, tried)
+            if node is None:
+                if not hedge and not self._is_asked(shard):
+                    self.pending.discard(shard)
+                    self.gathered.errors.setdefault(
+                        shard,
+                        NoQuorum(
+                            f"No replica of shard {shard} can be reached.",
+                            hint="`agentmem cluster status` shows which nodes are up.",
+                            shard=shard,
+                        ),
+                    )
+                continue
+            tried.add(node)
+            self.pending.add(shard)
+            by_node.setdefault(node, []).append(shard)
+        for node, wanted in by_node.items():
+            task = asyncio.ensure_future(self._ask(node, wanted))
+            self.tasks[task] = (node, wanted)
+
+    def collect(self, task: asyncio.Task[dict[str, T | AgentMemError]]) -> None:
+        _, wanted = self.tasks.pop(task)
+        error = task.exception()
+        if error is not None and not isinstance(error, AgentMemError):
+            raise error
+        answers: dict[str, Any] = dict.fromkeys(wanted, error) if error else task.result()
+        again = []
+        for shard in wanted:
+            if shard not in self.pending:
+                continue
+            answer = answers.get(shard)
+            if answer is None or isinstance(answer, AgentMemError):
+                if answer is not None:
+                    self.gathered.errors[shard] = answer
+                if not self._is_asked(shard):
+                    again.append(shard)
+                continue
+            self.gathered.answers[shard] = answer
+            self.pending.discard(shard)
+        if again:
+            self.launch(again)
+
+    def _is_asked(self, shard: str) -> bool:
+        return any(shard in wanted for _, wanted in self.tasks.values())
