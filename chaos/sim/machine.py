@@ -23,6 +23,7 @@ class Command(NamedTuple):
     key: str
     value: int
     expected: int | None = None
+    padding: bytes = b""
 
     def encode(self) -> bytes:
         packed: bytes = msgpack.packb(list(self))
@@ -76,10 +77,12 @@ class CheckpointJob:
         self.index = state.applied_index
 
     def run(self) -> None:
-        self._store.durable = self._state
+        # A copy of its own: a power loss hands `durable` to the next process, which changes it.
+        self._store.durable = self._state.copy()
 
 
-Observer = Callable[[Sequence[Entry], list[Effect], "RegisterMachine"], None]
+# Called for each entry with what it did and the digest after it.
+Observer = Callable[[Entry, Effect, bytes], None]
 
 
 class RegisterMachine:
@@ -111,8 +114,8 @@ class RegisterMachine:
                 key=state.digest,
                 digest_size=16,
             ).digest()
+            self._observe(entry, effect, state.digest)
             results.append(effect)
-        self._observe(entries, results, self)
         return results
 
     def _apply_one(self, state: MachineState, entry: Entry) -> Effect:
@@ -136,12 +139,8 @@ class RegisterMachine:
     def read(self, key: str) -> int | None:
         return self._store.cached.registers.get(key, (None, 0))[0]
 
-    def changed_at(self, key: str) -> int:
-        """The index of the entry that changed `key` last; 0 when it was never set."""
-        return self._store.cached.registers.get(key, (None, 0))[1]
-
-    def requests(self) -> set[str]:
-        return set(self._store.cached.ledger)
+    def ledger(self) -> dict[str, tuple[bool, int | None]]:
+        return self._store.cached.ledger
 
     def checkpoint(self) -> CheckpointJob | None:
         if self.applied_index == self._durable_index:

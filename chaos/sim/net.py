@@ -58,7 +58,12 @@ class NetPlan:
 
 class SimNet:
     def __init__(
-        self, schedule: Schedule, seed: int, plan: NetPlan, boot_of: Callable[[str], int]
+        self,
+        schedule: Schedule,
+        seed: int,
+        plan: NetPlan,
+        boot_of: Callable[[str], int],
+        trace: Callable[[bytes], None],
     ) -> None:
         self._schedule = schedule
         self._plan = plan
@@ -70,6 +75,7 @@ class SimNet:
         self._chance: dict[Pair, random.Random] = {}
         self.cuts: set[Pair] = set()  # directed
         self.bursts = 0
+        self._trace: Callable[[bytes], None] = trace
 
     def attach(self, name: str, endpoint: Endpoint) -> None:
         for other in self._endpoints:
@@ -84,6 +90,7 @@ class SimNet:
         if session is None or not session.open_at[sender]:
             return False
         burst: bytes = msgpack.packb(frames)
+        self._trace(f"{self._schedule.now_s:.9f} {sender}>{receiver} ".encode() + burst)
         direction = (sender, receiver)
         if direction in self.cuts or session.stalled.get(receiver):
             stalled = session.stalled.setdefault(receiver, [])
@@ -191,10 +198,9 @@ class SimNet:
         if not all(end.alive and not end.paused for end in ends):
             return
         number = self._numbers[pair] = self._numbers.get(pair, 0) + 1
-        session = self._sessions[pair] = _Session(
+        self._sessions[pair] = _Session(
             number, pair, {a: True, b: True}, {a: self._boot_of(a), b: self._boot_of(b)}
         )
-        del session
         ends[0].connected(b, number)
         ends[1].connected(a, number)
 

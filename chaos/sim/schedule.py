@@ -16,6 +16,7 @@ class Schedule:
     def __init__(self) -> None:
         self.now_s = 0.0
         self.events = 0
+        self.stopped = False
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
 
@@ -30,7 +31,13 @@ class Schedule:
             self.now_s, _, action = heapq.heappop(heap)
             self.events += 1
             action()
+            if self.stopped:
+                return
         self.now_s = until_s
+
+    def stop(self) -> None:
+        """End the run after the event at hand: what follows a violation explains nothing."""
+        self.stopped = True
 
 
 def stream(seed: int, name: str) -> random.Random:

@@ -1,0 +1,181 @@
+"""The invariants. Every one is checked while the world runs, or over its history at the end.
+
+- election safety: at most one leader per group, epoch and term;
+- state machine safety: one entry per index, the same on every replica, in order, without gaps;
+- equal digests at equal applied index;
+- exactly once: a request takes effect at one index at most, and always at the same one;
+- durable rule: when a write is acknowledged, a quorum holds it *on the platter*;
+- an acknowledged write is there at the end, with the result that was answered;
+- a write that was refused is not there;
+- every history is linearizable (writes, cas, adds, reads on any replica);
+- liveness: after healing, writes succeed, replicas meet, reads answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agentmem_cluster.raft.api import Applied, Entry, GroupSpec
+
+from agentmem_chaos.checker import UNKNOWN_RETURN, Operation, Verdict, check
+from agentmem_chaos.sim.clients import Call, Fate
+from agentmem_chaos.sim.machine import Command, Effect
+from agentmem_chaos.sim.story import Story
+
+FOUND_MAX = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    rule: str
+    at_s: float
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.rule} at {self.at_s:.4f} s: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class _AppliedEntry:
+    term: int
+    command: bytes
+    digest: bytes
+    first_node: str
+
+
+class Judge:
+    def __init__(
+        self, groups: tuple[GroupSpec, ...], story: Story, now: Callable[[], float]
+    ) -> None:
+        self._story = story
+        self._now = now
+        self.violations: list[Violation] = []
+        self.acknowledged = 0
+        self.checker_steps = 0
+        self._applied: dict[tuple[str, int], _AppliedEntry] = {}
+        self._next_index: dict[tuple[str, str], int] = {}
+        self._effect_at: dict[tuple[str, str], int] = {}
+        self._leader_of: dict[tuple[str, int], str] = {}
+        self.highest_index = {group.id: 0 for group in groups}
+
+    def accuse(self, rule: str, what: str) -> None:
+        if len(self.violations) < FOUND_MAX:
+            violation = Violation(rule, self._now(), what)
+            self.violations.append(violation)
+            self._story.tell(violation.at_s, "", f"VIOLATION of {rule}: {what}")
+
+    # -- while the world runs --
+
+    def booted(self, node: str, group: str, applied_index: int) -> None:
+        self._next_index[node, group] = applied_index + 1
+
+    def applied(self, node: str, group: str, entry: Entry, effect: Effect, digest: bytes) -> None:
+        expected = self._next_index[node, group]
+        if entry.index != expected:
+            self.accuse("gapless apply", f"{node} applied {group}/{entry.index}, not {expected}")
+        self._next_index[node, group] = entry.index + 1
+        self.highest_index[group] = max(self.highest_index[group], entry.index)
+        here = _AppliedEntry(entry.term, entry.command, digest, node)
+        first = self._applied.setdefault((group, entry.index), here)
+        if first is not here:
+            if (first.term, first.command) != (entry.term, entry.command):
+                self.accuse(
+                    "state machine safety",
+                    f"at {group}/{entry.index} {first.first_node} applied "
+                    f"{describe(first.command)} of term {first.term}, {node} "
+                    f"{describe(entry.command)} of term {entry.term}",
+                )
+            elif first.digest != digest:
+                self.accuse(
+                    "equal digests",
+                    f"{first.first_node} and {node} differ after {group}/{entry.index}",
+                )
+        if effect.fresh:
+            request = Command.decode(entry.command).request
+            index = self._effect_at.setdefault((group, request), entry.index)
+            if index != entry.index:
+                self.accuse(
+                    "exactly once", f"{request} took effect at {group}/{index} and {entry.index}"
+                )
+
+    def leads(self, node: str, group: str, term: int) -> None:
+        other = self._leader_of.setdefault((group, term), node)
+        if other != node:
+            self.accuse("election safety", f"{other} and {node} lead {group} in term {term}")
+
+    def acknowledged_write(self, node: str, group: str, command: Command, answer: Applied) -> None:
+        """A replica answered a proposal: the answer must be what was applied there."""
+        self.acknowledged += 1
+        there = self._applied.get((group, answer.index))
+        if there is None or there.command != command.encode() or there.term != answer.term:
+            self.accuse(
+                "honest answers",
+                f"{node} answered {command.request} with {group}/{answer.index} of term "
+                f"{answer.term}, where "
+                + ("nothing was applied" if there is None else describe(there.command)),
+            )
+
+    def on_platters(self, group: GroupSpec, answer: Applied, holders: list[str]) -> None:
+        if len(holders) <= len(group.members) // 2:
+            self.accuse(
+                "durable rule",
+                f"{group.id}/{answer.index} was acknowledged when only {holders} "
+                f"of {list(group.members)} would have kept it through a power loss",
+            )
+
+    # -- at the end --
+
+    def history(
+        self, calls: list[Call], ledgers: dict[str, dict[str, tuple[bool, int | None]]], end_s: float
+    ) -> list[Operation]:
+        """The calls as operations, with unknown outcomes settled by the converged ledgers.
+
+        Settling keeps the search short (each unknown doubles it) and makes it stricter: a value
+        that some replica showed but that no ledger knows can no longer be explained away.
+        """
+        operations = []
+        for call in calls:
+            key = f"{call.group}/{call.key}"
+            if call.kind is None:
+                if call.fate is Fate.ANSWERED:
+                    operations.append(call.as_operation(key, call.returned_s, call.result))
+                continue
+            kept = ledgers[call.group].get(call.request)
+            if call.fate is Fate.ANSWERED:
+                if kept is None:
+                    self.accuse("acknowledged writes survive", f"{call} is in no ledger")
+                elif kept != (call.ok, call.result):
+                    self.accuse("honest answers", f"{call} but the ledger says {kept}")
+                operations.append(call.as_operation(key, call.returned_s, call.result))
+            elif kept is not None:
+                if call.fate is Fate.REFUSED:
+                    self.accuse("refused means not done", f"{call} took effect: {kept}")
+                call.ok = kept[0]
+                operations.append(call.as_operation(key, end_s, kept[1]))
+        return operations
+
+    def linearizable(self, operations: list[Operation]) -> None:
+        report = check(operations)
+        self.checker_steps += report.steps
+        if report.verdict is Verdict.UNKNOWN:
+            self.accuse("linearizability", "the search was cut off: no verdict")
+        for key in report.violations:
+            self.accuse("linearizability", f"of {key.key}: no order explains {_name(key.blocked)}")
+
+
+def describe(command: bytes) -> str:
+    if not command:
+        return "an empty entry"
+    c = Command.decode(command)
+    return f"{c.request} ({c.kind} {c.key} {c.value})"
+
+
+def _name(operation: Operation | None) -> str:
+    if operation is None:
+        return "it"
+    end = "..." if operation.returned_s == UNKNOWN_RETURN else f"{operation.returned_s:.4f}"
+    return (
+        f"client {operation.client}'s {operation.kind.value} [{operation.invoked_s:.4f}, {end}] "
+        f"value {operation.value} expected {operation.expected} result {operation.result}"
+    )

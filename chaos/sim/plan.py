@@ -1,0 +1,139 @@
+"""What a seed decides about a world before it starts: its size, its speed, its faults.
+
+Swarm testing (Groce and others, 2012): each world draws which faults it has at all and how often,
+because a world with every fault at the same rate never gets to the states that need one fault
+often and another never.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from enum import Enum
+
+from agentmem_cluster.raft.api import GroupSpec
+
+from agentmem_chaos.sim.net import NetPlan
+from agentmem_chaos.sim.schedule import stream
+
+SECONDS_DEFAULT = 60.0
+# The second phase: everything is healed and the cluster must converge. A minute's world gives a
+# third of it, a short one still leaves time for elections, reconnection and catching up.
+CALM_SHARE = 0.3
+CALM_S_MIN = 14.0
+
+
+class Fault(Enum):
+    KILL = "kill one process"
+    KILL_MANY = "kill a majority or all processes at once"
+    POWER_LOSS = "power loss of one machine"
+    POWER_LOSS_ALL = "power loss of all machines at once"
+    PARTITION = "partition"
+    PARTITION_ONE_WAY = "one-way partition"
+    BREAK_SESSION = "break a connection"
+    PAUSE = "pause a process"
+    SLOW_DISK = "slow disk"
+    FULL_DISK = "full disk"
+    FSYNC_ERROR = "failing fsync"
+    CLOCK_RATE = "clock at another rate"
+    WALL_JUMP = "wall clock jump"
+    TRANSFER = "leadership transfer"
+
+
+# Virtual seconds between two faults of a kind, where a world has it: drawn log-uniformly.
+FAULT_EVERY_S: dict[Fault, tuple[float, float]] = {
+    Fault.KILL: (2.0, 20.0),
+    Fault.KILL_MANY: (6.0, 40.0),
+    Fault.POWER_LOSS: (2.0, 20.0),
+    Fault.POWER_LOSS_ALL: (4.0, 40.0),
+    Fault.PARTITION: (3.0, 30.0),
+    Fault.PARTITION_ONE_WAY: (3.0, 30.0),
+    Fault.BREAK_SESSION: (0.5, 10.0),
+    Fault.PAUSE: (2.0, 20.0),
+    Fault.SLOW_DISK: (4.0, 30.0),
+    Fault.FULL_DISK: (5.0, 40.0),
+    Fault.FSYNC_ERROR: (5.0, 40.0),
+    Fault.CLOCK_RATE: (3.0, 30.0),
+    Fault.WALL_JUMP: (5.0, 30.0),
+    Fault.TRANSFER: (2.0, 20.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorldPlan:
+    """Everything about a world that is not an event. A function of its arguments to `draw`."""
+
+    seed: int
+    seconds: float
+    nodes: tuple[str, ...]
+    groups: tuple[GroupSpec, ...]
+    net: NetPlan
+    fault_every_s: dict[Fault, float]
+    sync_s: tuple[float, float]
+    loop_s: tuple[float, float]
+    boot_s: tuple[float, float]
+    clients: int
+    keys_per_group: int
+    think_s: tuple[float, float]
+    padding_bytes_max: int
+    segment_bytes: int
+    checkpoint_every_entries: int
+    keep_entries: int
+
+    @property
+    def calm_at_s(self) -> float:
+        """When faults end and the second phase begins."""
+        return self.seconds - max(CALM_S_MIN, self.seconds * CALM_SHARE)
+
+    @classmethod
+    def draw(cls, seed: int, *, nodes: int | None = None, seconds: float | None = None) -> WorldPlan:
+        seconds = SECONDS_DEFAULT if seconds is None else seconds
+        if seconds < CALM_S_MIN + 1.0:
+            raise ValueError(f"a world needs at least {CALM_S_MIN + 1.0:.0f} virtual seconds")
+        chance = stream(seed, "plan")
+        drawn = chance.choice([3, 3, 5])
+        names = tuple(f"n{i + 1}" for i in range(nodes or drawn))
+        slow_net = chance.random() < 0.3
+        return cls(
+            seed=seed,
+            seconds=seconds,
+            nodes=names,
+            groups=_groups(chance, names),
+            net=NetPlan(
+                delay_s=(0.0002, 0.03 if slow_net else 0.004),
+                spike_chance=chance.choice([0.0, 0.005, 0.03]),
+                spike_s=chance.choice([0.05, 0.3, 1.0]),
+                break_after_s=(0.3, chance.choice([1.0, 4.0])),
+                reconnect_s=(0.01, chance.choice([0.1, 0.5])),
+            ),
+            fault_every_s=_faults(chance),
+            sync_s=chance.choice([(0.0001, 0.001), (0.001, 0.01), (0.002, 0.06)]),
+            loop_s=chance.choice([(0.0, 0.0002), (0.0001, 0.002)]),
+            boot_s=(0.02, chance.choice([0.2, 1.0])),
+            clients=chance.randint(2, 6),
+            keys_per_group=chance.randint(1, 5),
+            think_s=chance.choice([(0.0, 0.02), (0.01, 0.1), (0.05, 0.3)]),
+            padding_bytes_max=chance.choice([0, 0, 100, 2_000]),
+            segment_bytes=chance.choice([16 << 10, 64 << 10, 1 << 20]),
+            checkpoint_every_entries=chance.choice([20, 100, 1_000]),
+            keep_entries=chance.choice([5, 50, 500]),
+        )
+
+
+def _groups(chance: random.Random, nodes: tuple[str, ...]) -> tuple[GroupSpec, ...]:
+    """The first group has every node; others three of them, as shards of a larger cluster do."""
+    groups = [GroupSpec("meta", 1, nodes)]
+    for number in range(chance.choice([0, 0, 1, 2])):
+        groups.append(GroupSpec(f"s{number:02}", 1, tuple(sorted(chance.sample(nodes, min(3, len(nodes)))))))
+    return tuple(groups)
+
+
+def _faults(chance: random.Random) -> dict[Fault, float]:
+    share = chance.choice([0.15, 0.4, 0.7])
+    every = {}
+    for fault, (low, high) in FAULT_EVERY_S.items():
+        interval = math.exp(chance.uniform(math.log(low), math.log(high)))
+        if chance.random() < share:
+            every[fault] = interval
+    return every
