@@ -1,16 +1,15 @@
 """The Python client of AgentMem: `Client` blocks, `AsyncClient` awaits, and both think alike.
 
-    from agentmem_client import Client
+from agentmem_client import Client
 
-    with Client("http://127.0.0.1:7700") as memory:
-        memory.add("Ana likes oolong tea", user_id="ana")
-        for found in memory.search("what does Ana drink?", user_id="ana"):
-            print(found.score, found.content)
+with Client("http://127.0.0.1:7700") as memory:
+    memory.add("Ana likes oolong tea", user_id="ana")
+    for found in memory.search("what does Ana drink?", user_id="ana"):
+        print(found.score, found.content)
 """
 
 from agentmem_client.aio import AsyncClient
 from agentmem_client.blocking import Client
-from agentmem_client.core import Policy
 from agentmem_client.errors import (
     AgentMemError,
     BadRequest,
@@ -44,11 +43,13 @@ from agentmem_client.results import (
     Deleted,
     DeleteResult,
     Found,
+    Health,
     HistoryEntry,
     Memory,
     Page,
     SearchResult,
 )
+from agentmem_client.router import Policy
 from agentmem_client.topology import Shard, Topology
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "DiskFull",
     "Forbidden",
     "Found",
+    "Health",
     "HistoryEntry",
     "InvalidCursor",
     "InvalidField",

@@ -10,18 +10,27 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 import aiohttp
-
-from agentmem_client import calls
-from agentmem_client.core import Done, Exchange, Fail, Failure, Instruction, Policy, Router, Send
-from agentmem_client.errors import ClientClosed
+from agentmem_client import batches, calls
+from agentmem_client.core import Done, Exchange, Fail, Failure, Instruction, Send
+from agentmem_client.errors import AgentMemError, ClientClosed, ProtocolError
+from agentmem_client.options import (
+    AddOptions,
+    ListOptions,
+    ReadOptions,
+    SearchOptions,
+    UpdateOptions,
+    WriteOptions,
+)
 from agentmem_client.results import (
     AddResult,
     DeleteResult,
+    Health,
     HistoryEntry,
     Memory,
     Page,
     SearchResult,
 )
+from agentmem_client.router import Policy, Router
 from agentmem_client.topology import Topology
 
 T = TypeVar("T")
@@ -55,9 +64,7 @@ class AsyncClient:
         in_flight_max: int = 256,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._router = Router(
-            seed_urls(urls), random.random, policy or Policy(), api_key=api_key
-        )
+        self._router = Router(seed_urls(urls), random.random, policy or Policy(), api_key=api_key)
         self._in_flight_max = in_flight_max
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
@@ -127,31 +134,38 @@ class AsyncClient:
                     headers=request.headers,
                     allow_redirects=False,
                 ) as answer:
-                    body = await answer.read()
+                    body = await _read(answer, self._router.policy.answer_bytes_max)
             return exchange.answered(answer.status, answer.headers, body, clock())
         except TimeoutError:
             return exchange.failed(Failure.TIMED_OUT, "no answer in time", clock())
         except aiohttp.ClientConnectorError as error:
             return exchange.failed(Failure.REFUSED, _reason(error), clock())
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+            raise ProtocolError(f"{request.url!r} is not a URL of a node.") from error
         except (aiohttp.ClientError, OSError) as error:
             return exchange.failed(Failure.BROKEN, _reason(error), clock())
 
-    async def run_batch(self, batch: calls.Batch[T]) -> T:
+    async def run_batch(self, batch: batches.Batch[T]) -> T:
         """Carry out a batch: one call for each leader, side by side."""
-        if self._router.topology is None and not batch.whole:
+        if self._router.topology is None and not batch.is_whole:
             await self.cluster()
         parts = batch.split(self._router.topology)
-        if not parts:
-            return batch.merge(())
-        tasks = [asyncio.ensure_future(self.run(call)) for _, call in parts]
-        try:
-            answers = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        return batch.merge(
-            [(positions, answer) for (positions, _), answer in zip(parts, answers, strict=True)]
+        # All are awaited even when one fails: a write that was cancelled has an unknown outcome.
+        answers = await asyncio.gather(
+            *(self.run(call) for _, call in parts), return_exceptions=True
         )
+        done: list[tuple[tuple[int, ...], T]] = []
+        failure: BaseException | None = None
+        for (positions, _), answer in zip(parts, answers, strict=True):
+            if isinstance(answer, BaseException):
+                failure = failure or answer
+            else:
+                done.append((positions, answer))
+        if failure is None:
+            return batch.merge(done)
+        if isinstance(failure, AgentMemError) and done:
+            failure.stored = batch.merge(done)
+        raise failure
 
     # -- the calls ----------------------------------------------------------------------
 
@@ -160,25 +174,41 @@ class AsyncClient:
         content: str | None = None,
         *,
         messages: Sequence[Mapping[str, str]] | None = None,
-        **options: Unpack[calls.AddOptions],
+        **options: Unpack[AddOptions],
     ) -> AddResult:
         """Store a text, or each of `messages` (`role`, `content`), under at least one scope id."""
         return await self.run(calls.add(content, messages, options))
 
     async def add_many(
-        self, memories: Iterable[Mapping[str, Any]], **shared: Unpack[calls.AddOptions]
+        self,
+        memories: Iterable[Mapping[str, Any]],
+        *,
+        batch_size: int = batches.BATCH_ITEMS_MAX,
+        progress: batches.Progress | None = None,
+        **shared: Unpack[AddOptions],
     ) -> AddResult:
-        """Store up to 1,000 memories; a bad one is refused alone, in its place of the results."""
-        return await self.run_batch(calls.add_many(memories, shared))
+        """Store any number of memories, each the fields of an `add`, in batches.
 
-    async def get(self, memory_id: str, **options: Unpack[calls.ReadOptions]) -> Memory:
+        A bad one is refused alone, in its place of the results. `progress(done, part)` is
+        called after each batch. When a batch fails altogether the error is raised, and its
+        `stored` holds what was stored before.
+        """
+        parts = batches.AddedParts(progress)
+        for batch in batches.add_many(memories, shared, batch_size):
+            try:
+                parts.took(len(batch.items), await self.run_batch(batch))
+            except AgentMemError as error:
+                raise parts.failed(error) from None
+        return parts.result()
+
+    async def get(self, memory_id: str, **options: Unpack[ReadOptions]) -> Memory:
         """One memory. Raises NotFound."""
         return await self.run(calls.get(memory_id, options))
 
     async def update(
-        self, memory_id: str, content: str | None = None, **options: Unpack[calls.UpdateOptions]
+        self, memory_id: str, content: str | None = None, **options: Unpack[UpdateOptions]
     ) -> Memory:
-        """Change the given fields. Raises Conflict when `expected_version` is not the current one."""
+        """Change the given fields. Raises Conflict when `expected_version` is out of date."""
         return await self.run(calls.update(memory_id, content, options))
 
     async def delete(
@@ -186,22 +216,24 @@ class AsyncClient:
         memory_id: str,
         *,
         expected_version: int | None = None,
-        **options: Unpack[calls.WriteOptions],
+        **options: Unpack[WriteOptions],
     ) -> None:
         """Delete one memory. Raises NotFound, or Conflict when the version moved."""
         await self.run(calls.delete(memory_id, expected_version, options))
 
     async def delete_many(
-        self, ids: Iterable[str], **options: Unpack[calls.WriteOptions]
+        self, ids: Iterable[str], **options: Unpack[WriteOptions]
     ) -> DeleteResult:
-        """Delete up to 1,000 memories; an id that is not there is named in its place."""
-        return await self.run_batch(calls.delete_many(ids, options))
+        """Delete memories; an id that is not there is named in its place of the results."""
+        return batches.joined_deleted(
+            [await self.run_batch(batch) for batch in batches.delete_many(ids, options)]
+        )
 
-    async def list_page(self, **options: Unpack[calls.ListOptions]) -> Page:
+    async def list_page(self, **options: Unpack[ListOptions]) -> Page:
         """One page of memories, newest first; `next_cursor` continues it."""
         return await self.run(calls.list_page(options))
 
-    async def list(self, **options: Unpack[calls.ListOptions]) -> AsyncIterator[Memory]:
+    async def list(self, **options: Unpack[ListOptions]) -> AsyncIterator[Memory]:
         """Every memory of a scope, newest first, fetched page by page as it is consumed."""
         while True:
             page = await self.list_page(**options)
@@ -218,7 +250,7 @@ class AsyncClient:
         return await self.run(calls.history(memory_id, {"deadline_s": deadline_s}))
 
     async def search(
-        self, query: str | None = None, **options: Unpack[calls.SearchOptions]
+        self, query: str | None = None, **options: Unpack[SearchOptions]
     ) -> SearchResult:
         """The best memories for a text and/or a `vector`, within a scope and `filters`."""
         return await self.run(calls.search(query, options))
@@ -226,12 +258,31 @@ class AsyncClient:
     async def search_many(
         self, searches: Iterable[Mapping[str, Any]], *, deadline_s: float | None = None
     ) -> tuple[SearchResult, ...]:
-        """Up to 50 searches at once; each is the arguments of `search`, with `query`."""
-        return (await self.run_batch(calls.search_many(searches, deadline_s))).results
+        """Many searches at once; each is the arguments of `search`, with `query`."""
+        parts = [await self.run_batch(batch) for batch in batches.search_many(searches, deadline_s)]
+        return tuple(answer for part in parts for answer in part.results)
 
     async def cluster(self, *, deadline_s: float | None = None) -> Topology:
         """The cluster as a node sees it now: nodes, shards, leaders; the whole view is `.raw`."""
         return await self.run(calls.cluster(deadline_s))
+
+    async def health(self, url: str | None = None, *, deadline_s: float | None = None) -> Health:
+        """Whether one node is ready. `url` None: the first that this client was given.
+
+        Asked once, of that node only. Raises ConnectionFailed when it cannot be reached.
+        """
+        return await self.run(calls.health(url or self._router.seeds[0], deadline_s))
+
+
+async def _read(answer: aiohttp.ClientResponse, bytes_max: int) -> bytes:
+    if answer.content_length is not None and 0 <= answer.content_length <= bytes_max:
+        return await answer.read()
+    body = bytearray()
+    async for part in answer.content.iter_chunked(1 << 16):
+        body += part
+        if len(body) > bytes_max:
+            raise ProtocolError(f"The answer has more than {bytes_max:,} bytes.")
+    return bytes(body)
 
 
 def _reason(error: BaseException) -> str:

@@ -14,18 +14,27 @@ from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from agentmem_client import calls
+from agentmem_client import batches
 from agentmem_client.aio import DEFAULT_URL, AsyncClient
-from agentmem_client.core import Policy
-from agentmem_client.errors import ClientClosed
+from agentmem_client.errors import AgentMemError, ClientClosed
+from agentmem_client.options import (
+    AddOptions,
+    ListOptions,
+    ReadOptions,
+    SearchOptions,
+    UpdateOptions,
+    WriteOptions,
+)
 from agentmem_client.results import (
     AddResult,
     DeleteResult,
+    Health,
     HistoryEntry,
     Memory,
     Page,
     SearchResult,
 )
+from agentmem_client.router import Policy
 from agentmem_client.topology import Topology
 
 T = TypeVar("T")
@@ -113,25 +122,39 @@ class Client:
         content: str | None = None,
         *,
         messages: Sequence[Mapping[str, str]] | None = None,
-        **options: Unpack[calls.AddOptions],
+        **options: Unpack[AddOptions],
     ) -> AddResult:
         """Store a text, or each of `messages` (`role`, `content`), under at least one scope id."""
         return self._wait(self._client.add(content, messages=messages, **options))
 
     def add_many(
-        self, memories: Iterable[Mapping[str, Any]], **shared: Unpack[calls.AddOptions]
+        self,
+        memories: Iterable[Mapping[str, Any]],
+        *,
+        batch_size: int = batches.BATCH_ITEMS_MAX,
+        progress: batches.Progress | None = None,
+        **shared: Unpack[AddOptions],
     ) -> AddResult:
-        """Store up to 1,000 memories; a bad one is refused alone, in its place of the results."""
-        return self._wait(self._client.add_many(memories, **shared))
+        """Store any number of memories in batches: see `AsyncClient.add_many`.
 
-    def get(self, memory_id: str, **options: Unpack[calls.ReadOptions]) -> Memory:
+        `memories` is consumed and `progress` called in the caller's thread.
+        """
+        parts = batches.AddedParts(progress)
+        for batch in batches.add_many(memories, shared, batch_size):
+            try:
+                parts.took(len(batch.items), self._wait(self._client.run_batch(batch)))
+            except AgentMemError as error:
+                raise parts.failed(error) from None
+        return parts.result()
+
+    def get(self, memory_id: str, **options: Unpack[ReadOptions]) -> Memory:
         """One memory. Raises NotFound."""
         return self._wait(self._client.get(memory_id, **options))
 
     def update(
-        self, memory_id: str, content: str | None = None, **options: Unpack[calls.UpdateOptions]
+        self, memory_id: str, content: str | None = None, **options: Unpack[UpdateOptions]
     ) -> Memory:
-        """Change the given fields. Raises Conflict when `expected_version` is not the current one."""
+        """Change the given fields. Raises Conflict when `expected_version` is out of date."""
         return self._wait(self._client.update(memory_id, content, **options))
 
     def delete(
@@ -139,22 +162,20 @@ class Client:
         memory_id: str,
         *,
         expected_version: int | None = None,
-        **options: Unpack[calls.WriteOptions],
+        **options: Unpack[WriteOptions],
     ) -> None:
         """Delete one memory. Raises NotFound, or Conflict when the version moved."""
         self._wait(self._client.delete(memory_id, expected_version=expected_version, **options))
 
-    def delete_many(
-        self, ids: Iterable[str], **options: Unpack[calls.WriteOptions]
-    ) -> DeleteResult:
-        """Delete up to 1,000 memories; an id that is not there is named in its place."""
+    def delete_many(self, ids: Iterable[str], **options: Unpack[WriteOptions]) -> DeleteResult:
+        """Delete memories; an id that is not there is named in its place of the results."""
         return self._wait(self._client.delete_many(ids, **options))
 
-    def list_page(self, **options: Unpack[calls.ListOptions]) -> Page:
+    def list_page(self, **options: Unpack[ListOptions]) -> Page:
         """One page of memories, newest first; `next_cursor` continues it."""
         return self._wait(self._client.list_page(**options))
 
-    def list(self, **options: Unpack[calls.ListOptions]) -> Iterator[Memory]:
+    def list(self, **options: Unpack[ListOptions]) -> Iterator[Memory]:
         """Every memory of a scope, newest first, fetched page by page as it is consumed."""
         while True:
             page = self.list_page(**options)
@@ -169,21 +190,23 @@ class Client:
         """Every version of a memory, oldest first, its deletion included."""
         return self._wait(self._client.history(memory_id, deadline_s=deadline_s))
 
-    def search(
-        self, query: str | None = None, **options: Unpack[calls.SearchOptions]
-    ) -> SearchResult:
+    def search(self, query: str | None = None, **options: Unpack[SearchOptions]) -> SearchResult:
         """The best memories for a text and/or a `vector`, within a scope and `filters`."""
         return self._wait(self._client.search(query, **options))
 
     def search_many(
         self, searches: Iterable[Mapping[str, Any]], *, deadline_s: float | None = None
     ) -> tuple[SearchResult, ...]:
-        """Up to 50 searches at once; each is the arguments of `search`, with `query`."""
+        """Many searches at once; each is the arguments of `search`, with `query`."""
         return self._wait(self._client.search_many(searches, deadline_s=deadline_s))
 
     def cluster(self, *, deadline_s: float | None = None) -> Topology:
         """The cluster as a node sees it now: nodes, shards, leaders; the whole view is `.raw`."""
         return self._wait(self._client.cluster(deadline_s=deadline_s))
+
+    def health(self, url: str | None = None, *, deadline_s: float | None = None) -> Health:
+        """Whether one node is ready: see `AsyncClient.health`."""
+        return self._wait(self._client.health(url, deadline_s=deadline_s))
 
 
 async def _end(client: AsyncClient) -> None:

@@ -9,12 +9,21 @@ import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode
 
+from agentmem_client.options import (
+    AddOptions,
+    ListOptions,
+    ReadOptions,
+    SearchOptions,
+    UpdateOptions,
+    WriteOptions,
+)
 from agentmem_client.results import (
     AddResult,
     DeleteResult,
+    Health,
     HistoryEntry,
     Memory,
     Page,
@@ -24,71 +33,8 @@ from agentmem_client.topology import Shard, Topology
 
 T = TypeVar("T")
 
-Consistency = Literal["linearizable", "session", "eventual"]
-_API = "/api/v1"
+API = "/api/v1"
 _SCOPE = ("user_id", "agent_id", "app_id", "run_id")
-
-
-class ScopeOptions(TypedDict, total=False):
-    """Whose memories. At least one for an add; in a query a missing one is unconstrained."""
-
-    user_id: str | None
-    agent_id: str | None
-    app_id: str | None
-    run_id: str | None
-
-
-class WriteOptions(TypedDict, total=False):
-    """`deadline_s`: for the whole call, retries included. The key makes a repeat harmless."""
-
-    idempotency_key: str | None
-    deadline_s: float | None
-
-
-class ReadOptions(TypedDict, total=False):
-    """`token`, of an earlier answer, with `consistency="session"`: read your own writes anywhere."""
-
-    consistency: Consistency
-    token: str | None
-    deadline_s: float | None
-
-
-class AddOptions(ScopeOptions, WriteOptions, total=False):
-    metadata: Mapping[str, Any]
-    memory_type: str
-    importance: float
-    categories: Sequence[str]
-    created_at: str
-    expires_at: str
-    vector: Sequence[float]
-    infer: bool
-
-
-class UpdateOptions(WriteOptions, total=False):
-    metadata: Mapping[str, Any]
-    memory_type: str
-    importance: float
-    categories: Sequence[str]
-    expires_at: str | None
-    vector: Sequence[float]
-    expected_version: int | None
-
-
-class ListOptions(ScopeOptions, ReadOptions, total=False):
-    filters: Mapping[str, Any] | None
-    limit: int
-    cursor: str | None
-
-
-class SearchOptions(ScopeOptions, ReadOptions, total=False):
-    vector: Sequence[float]
-    filters: Mapping[str, Any] | None
-    legs: Mapping[str, float] | Sequence[str] | None
-    top_k: int
-    threshold: float | None
-    fusion: Literal["weighted", "rrf"]
-    explain: bool
-    cursor: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +58,17 @@ class ToMemory:
         return topology.shard_of_memory(self.memory_id)
 
 
-Route = Anywhere | ToOwner | ToMemory
+@dataclass(frozen=True, slots=True)
+class ToNode:
+    """This node and no other: a question about itself."""
+
+    url: str
+
+    def shard(self, topology: Topology) -> Shard | None:
+        return None
+
+
+Route = Anywhere | ToOwner | ToMemory | ToNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,32 +84,8 @@ class Call(Generic[T]):
     headers: tuple[tuple[str, str], ...] = ()
     idempotency_key: str | None = None
     deadline_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Batch(Generic[T]):
-    """Items that belong to several leaders: one call for each, answers put back in order."""
-
-    name: str
-    items: tuple[Any, ...]
-    routes: tuple[Route, ...]
-    call: Callable[[tuple[Any, ...], Route], Call[T]]
-    merge: Callable[[Sequence[tuple[tuple[int, ...], T]]], T]
-    whole: bool = False
-
-    def split(self, topology: Topology | None) -> list[tuple[tuple[int, ...], Call[T]]]:
-        """(positions of the items, call) for each leader; one call when the map is not known."""
-        groups: dict[str | None, list[int]] = {}
-        for at, route in enumerate(self.routes):
-            leader = None
-            if topology is not None and not self.whole and not isinstance(route, Anywhere):
-                shard = route.shard(topology)
-                leader = shard.leader if shard else None
-            groups.setdefault(leader, []).append(at)
-        return [
-            (tuple(at), self.call(tuple(self.items[i] for i in at), self.routes[at[0]]))
-            for at in groups.values()
-        ]
+    # Statuses beyond 2xx whose body is the answer, not an error.
+    also_answers: frozenset[int] = frozenset()
 
 
 def owner_of(scope: Mapping[str, Any]) -> str:
@@ -168,7 +100,7 @@ def owner_of(scope: Mapping[str, Any]) -> str:
     return ""
 
 
-def _owner_route(scope: Mapping[str, Any]) -> Route:
+def owner_route(scope: Mapping[str, Any]) -> Route:
     owner = owner_of(scope)
     return ToOwner(owner) if owner else Anywhere()
 
@@ -190,20 +122,20 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be sent as JSON")
 
 
-def _key(given: str | None) -> str:
+def key_or_new(given: str | None) -> str:
     return given or secrets.token_hex(16)
 
 
-def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+def drop_none(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-_ADD_FIELDS = frozenset(AddOptions.__annotations__) - frozenset(WriteOptions.__annotations__)
-_SEARCH_FIELDS = frozenset(SearchOptions.__annotations__) - {"deadline_s"}
+ADD_FIELDS = frozenset(AddOptions.__annotations__) - frozenset(WriteOptions.__annotations__)
+SEARCH_FIELDS = frozenset(SearchOptions.__annotations__) - {"deadline_s"}
 _LIST_FIELDS = frozenset(ListOptions.__annotations__) - {"deadline_s"}
 
 
-def _only(options: Mapping[str, Any], allowed: Iterable[str], call: str) -> None:
+def check_names(options: Mapping[str, Any], allowed: Iterable[str], call: str) -> None:
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise TypeError(f"{call}() has no argument {unknown[0]!r}; it knows {sorted(allowed)}")
@@ -214,96 +146,29 @@ def add(
     messages: Sequence[Mapping[str, str]] | None,
     options: AddOptions,
 ) -> Call[AddResult]:
-    _only(options, AddOptions.__annotations__, "add")
-    fields = _given({name: value for name, value in options.items() if name in _ADD_FIELDS})
-    body = _given({"content": content, "messages": messages}) | fields
+    check_names(options, AddOptions.__annotations__, "add")
+    fields = drop_none({name: value for name, value in options.items() if name in ADD_FIELDS})
+    body = drop_none({"content": content, "messages": messages}) | fields
     return Call(
         name="add",
         method="POST",
-        path=f"{_API}/memories",
+        path=f"{API}/memories",
         read=AddResult.read,
-        route=_owner_route(fields),
+        route=owner_route(fields),
         body=encode(body),
-        idempotency_key=_key(options.get("idempotency_key")),
+        idempotency_key=key_or_new(options.get("idempotency_key")),
         deadline_s=options.get("deadline_s"),
     )
 
 
-def add_many(
-    memories: Iterable[Mapping[str, Any]], shared: AddOptions
-) -> Batch[AddResult]:
-    """Items are the fields of an add each; `shared` fills what an item leaves out."""
-    _only(shared, AddOptions.__annotations__, "add_many")
-    defaults = _given({name: value for name, value in shared.items() if name in _ADD_FIELDS})
-    items = tuple({**defaults, **memory} for memory in memories)
-    given_key = shared.get("idempotency_key")
-
-    def call(part: tuple[Any, ...], route: Route) -> Call[AddResult]:
-        return Call(
-            name="add_many",
-            method="POST",
-            path=f"{_API}/memories/batch",
-            read=AddResult.read,
-            route=route,
-            body=encode({"memories": part}),
-            idempotency_key=_key(given_key),
-            deadline_s=shared.get("deadline_s"),
-        )
-
-    return Batch(
-        name="add_many",
-        items=items,
-        routes=tuple(_owner_route(item) for item in items),
-        call=call,
-        merge=_merge_added,
-        # The parts of a batch depend on who leads now. Under a key that the caller chose, the
-        # batch must be the same bytes whenever it is repeated; and an item of several messages
-        # has several results, which could not be put back in order.
-        whole=given_key is not None or any("messages" in item for item in items),
-    )
-
-
-def _in_order(parts: Sequence[tuple[tuple[int, ...], Any]]) -> tuple[Any, ...]:
-    if len(parts) == 1:
-        return tuple(parts[0][1].results)
-    placed = [
-        (at, result)
-        for positions, answer in parts
-        for at, result in zip(positions, answer.results, strict=True)
-    ]
-    return tuple(result for _, result in sorted(placed, key=lambda pair: pair[0]))
-
-
-def merge_tokens(tokens: Iterable[str]) -> str:
-    """One token that is at least as late as each. Tokens look like `s03:118,s07:42`."""
-    latest: dict[str, int] = {}
-    for part in ",".join(tokens).split(","):
-        shard, found, applied = part.partition(":")
-        if found and applied.isdigit():
-            latest[shard] = max(int(applied), latest.get(shard, 0))
-    return ",".join(f"{shard}:{applied}" for shard, applied in sorted(latest.items()))
-
-
-def _merge_added(parts: Sequence[tuple[tuple[int, ...], AddResult]]) -> AddResult:
-    return AddResult(
-        results=_in_order(parts), token=merge_tokens(answer.token for _, answer in parts)
-    )
-
-
-def _merge_deleted(parts: Sequence[tuple[tuple[int, ...], DeleteResult]]) -> DeleteResult:
-    return DeleteResult(
-        results=_in_order(parts), token=merge_tokens(answer.token for _, answer in parts)
-    )
-
-
 def _memory_path(memory_id: str) -> str:
-    return f"{_API}/memories/{quote(memory_id, safe='')}"
+    return f"{API}/memories/{quote(memory_id, safe='')}"
 
 
 def _query(fields: Mapping[str, Any]) -> str:
     pairs = {
         name: encode(value).decode() if isinstance(value, Mapping) else value
-        for name, value in _given(fields).items()
+        for name, value in drop_none(fields).items()
     }
     return "?" + urlencode(pairs) if pairs else ""
 
@@ -316,7 +181,7 @@ def _read_memory(body: Any) -> Memory:
 
 
 def get(memory_id: str, options: ReadOptions) -> Call[Memory]:
-    _only(options, ReadOptions.__annotations__, "get")
+    check_names(options, ReadOptions.__annotations__, "get")
     asked = {name: options.get(name) for name in ("consistency", "token")}
     return Call(
         name="get",
@@ -328,11 +193,9 @@ def get(memory_id: str, options: ReadOptions) -> Call[Memory]:
     )
 
 
-def update(
-    memory_id: str, content: str | None, options: UpdateOptions
-) -> Call[Memory]:
+def update(memory_id: str, content: str | None, options: UpdateOptions) -> Call[Memory]:
     """Only the given fields change; `expires_at=None` clears it."""
-    _only(options, UpdateOptions.__annotations__, "update")
+    check_names(options, UpdateOptions.__annotations__, "update")
     body: dict[str, Any] = {
         name: value
         for name, value in options.items()
@@ -347,15 +210,13 @@ def update(
         read=_read_memory,
         route=ToMemory(memory_id),
         body=encode(body),
-        idempotency_key=_key(options.get("idempotency_key")),
+        idempotency_key=key_or_new(options.get("idempotency_key")),
         deadline_s=options.get("deadline_s"),
     )
 
 
-def delete(
-    memory_id: str, expected_version: int | None, options: WriteOptions
-) -> Call[None]:
-    _only(options, WriteOptions.__annotations__, "delete")
+def delete(memory_id: str, expected_version: int | None, options: WriteOptions) -> Call[None]:
+    check_names(options, WriteOptions.__annotations__, "delete")
     guard = () if expected_version is None else (("If-Match", f'"{expected_version}"'),)
     return Call(
         name="delete",
@@ -364,7 +225,7 @@ def delete(
         read=_read_nothing,
         route=ToMemory(memory_id),
         headers=guard,
-        idempotency_key=_key(options.get("idempotency_key")),
+        idempotency_key=key_or_new(options.get("idempotency_key")),
         deadline_s=options.get("deadline_s"),
     )
 
@@ -376,48 +237,21 @@ def _read_nothing(body: Any) -> None:
             raise error
 
 
-def delete_many(ids: Iterable[str], options: WriteOptions) -> Batch[DeleteResult]:
-    _only(options, WriteOptions.__annotations__, "delete_many")
-    items = tuple(ids)
-    given_key = options.get("idempotency_key")
-
-    def call(part: tuple[Any, ...], route: Route) -> Call[DeleteResult]:
-        return Call(
-            name="delete_many",
-            method="POST",
-            path=f"{_API}/memories/batch/delete",
-            read=DeleteResult.read,
-            route=route,
-            body=encode({"ids": part}),
-            idempotency_key=_key(given_key),
-            deadline_s=options.get("deadline_s"),
-        )
-
-    return Batch(
-        name="delete_many",
-        items=items,
-        routes=tuple(ToMemory(memory_id) for memory_id in items),
-        call=call,
-        merge=_merge_deleted,
-        whole=given_key is not None,
-    )
-
-
 def list_page(options: ListOptions) -> Call[Page]:
-    _only(options, ListOptions.__annotations__, "list")
+    check_names(options, ListOptions.__annotations__, "list")
     fields = {name: value for name, value in options.items() if name in _LIST_FIELDS}
     return Call(
         name="list",
         method="GET",
-        path=f"{_API}/memories" + _query(fields),
+        path=f"{API}/memories" + _query(fields),
         read=Page.read,
-        route=_owner_route(options),
+        route=owner_route(options),
         deadline_s=options.get("deadline_s"),
     )
 
 
 def history(memory_id: str, options: ReadOptions) -> Call[tuple[HistoryEntry, ...]]:
-    _only(options, {"deadline_s"}, "history")
+    check_names(options, {"deadline_s"}, "history")
     return Call(
         name="history",
         method="GET",
@@ -429,55 +263,16 @@ def history(memory_id: str, options: ReadOptions) -> Call[tuple[HistoryEntry, ..
 
 
 def search(query: str | None, options: SearchOptions) -> Call[SearchResult]:
-    _only(options, SearchOptions.__annotations__, "search")
-    fields = {name: value for name, value in options.items() if name in _SEARCH_FIELDS}
+    check_names(options, SearchOptions.__annotations__, "search")
+    fields = {name: value for name, value in options.items() if name in SEARCH_FIELDS}
     return Call(
         name="search",
         method="POST",
-        path=f"{_API}/memories/search",
+        path=f"{API}/memories/search",
         read=SearchResult.read,
-        route=_owner_route(fields),
-        body=encode(_given({"query": query, **fields})),
+        route=owner_route(fields),
+        body=encode(drop_none({"query": query, **fields})),
         deadline_s=options.get("deadline_s"),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class SearchResults:
-    """The answers to `search_many`, in the order of the searches."""
-
-    results: tuple[SearchResult, ...]
-
-    @classmethod
-    def read(cls, body: Mapping[str, Any]) -> SearchResults:
-        return cls(tuple(SearchResult.read(answer) for answer in body["results"]))
-
-
-def search_many(
-    searches: Iterable[Mapping[str, Any]], deadline_s: float | None
-) -> Batch[SearchResults]:
-    items = []
-    for one in searches:
-        _only(one, _SEARCH_FIELDS | {"query"}, "search_many")
-        items.append(_given(one))
-
-    def call(part: tuple[Any, ...], route: Route) -> Call[SearchResults]:
-        return Call(
-            name="search_many",
-            method="POST",
-            path=f"{_API}/memories/search/batch",
-            read=SearchResults.read,
-            route=route,
-            body=encode({"searches": part}),
-            deadline_s=deadline_s,
-        )
-
-    return Batch(
-        name="search_many",
-        items=tuple(items),
-        routes=tuple(_owner_route(item) for item in items),
-        call=call,
-        merge=lambda parts: SearchResults(_in_order(parts)),
     )
 
 
@@ -485,7 +280,20 @@ def cluster(deadline_s: float | None = None) -> Call[Topology]:
     return Call(
         name="cluster",
         method="GET",
-        path=f"{_API}/cluster",
+        path=f"{API}/cluster",
         read=Topology.read,
         deadline_s=deadline_s,
+    )
+
+
+def health(url: str, deadline_s: float | None = None) -> Call[Health]:
+    """One node about itself. That it is not ready is an answer, not a failure."""
+    return Call(
+        name="health",
+        method="GET",
+        path="/health/ready",
+        read=Health.read,
+        route=ToNode(url),
+        deadline_s=deadline_s,
+        also_answers=frozenset({503}),
     )

@@ -21,59 +21,35 @@ The rules that are decided here:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from agentmem_client.calls import Anywhere, Call
+from agentmem_client.answers import (
+    error_of,
+    is_retryable,
+    parsed,
+    parsed_or_none,
+    retry_after_s,
+)
+from agentmem_client.calls import Anywhere, Call, ToNode
 from agentmem_client.calls import cluster as cluster_call
 from agentmem_client.errors import (
     AgentMemError,
     ConnectionFailed,
     DeadlineExceeded,
     ProtocolError,
-    error_class,
 )
+from agentmem_client.router import Router
 from agentmem_client.topology import Topology
 
 T = TypeVar("T")
 
-_RETRYABLE_CODES = frozenset(
-    {
-        "overloaded",
-        "unavailable",
-        "not_leader",
-        "wrong_shard",
-        "no_quorum",
-        "shutting_down",
-        "deadline_exceeded",
-    }
-)
-# Answers that come from something in front of a node, without a code of ours.
-_RETRYABLE_STATUSES = frozenset({429, 502, 503, 504})
-# A full disk or a missing model does not mend within a call: say so at once.
 _MAP_IS_STALE_CODES = frozenset({"not_leader", "wrong_shard"})
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Seconds, unless the name says otherwise."""
-
-    deadline_s: float = 10.0
-    batch_deadline_s: float = 60.0
-    attempt_share_max: float = 1 / 3
-    attempt_s_min: float = 0.5
-    backoff_s_first: float = 0.05
-    backoff_s_max: float = 1.0
-    redirects_max: int = 3
-    attempts_max: int = 64
-    avoid_s: float = 1.0
-    retry_tokens_max: float = 500.0
-    retry_tokens_per_s: float = 50.0
-    retry_tokens_per_call: float = 0.2
-    answer_bytes_max: int = 256 * 1024 * 1024
+# These nodes answer, but cannot serve for a while: another is asked first.
+_NODE_IS_ILL_CODES = frozenset({"shutting_down", "no_quorum", "unavailable"})
+_MAP_S_MAX = 2.0
 
 
 class Failure(Enum):
@@ -113,83 +89,6 @@ class Fail:
 Instruction = Send | Wait | Done[T] | Fail
 
 
-@dataclass(slots=True)
-class Router:
-    """What every call of a client shares: the map, who is ill, and the retry budget."""
-
-    seeds: Sequence[str]
-    random: Callable[[], float]
-    policy: Policy = field(default_factory=Policy)
-    api_key: str | None = None
-    topology: Topology | None = None
-    map_is_stale: bool = False
-    _avoid_until: dict[str, float] = field(default_factory=dict)
-    _retry_tokens: float = -1.0
-    _tokens_at: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._retry_tokens = self.policy.retry_tokens_max
-
-    def learn(self, topology: Topology) -> None:
-        """Take a map unless an older one came late. Same version: leaders may have moved."""
-        if self.topology is None or topology.version >= self.topology.version:
-            self.topology = topology
-            self.map_is_stale = False
-
-    def url_of(self, node: str | None) -> str | None:
-        if node is None or self.topology is None:
-            return None
-        return self.topology.urls.get(node)
-
-    def candidates(self, call: Call[Any], now: float) -> list[str]:
-        """Every node's URL, best first: leader, members of the shard, the rest; the ill ones last.
-
-        >>> Router(["http://a", "http://b"], lambda: 0.0).candidates(cluster_call(), 0.0)
-        ['http://a', 'http://b']
-        """
-        topology = self.topology
-        ordered: list[str] = []
-        if topology is not None:
-            shard = None if isinstance(call.route, Anywhere) else call.route.shard(topology)
-            if shard is not None:
-                names = [shard.leader, *shard.members] if shard.leader else list(shard.members)
-                ordered += [topology.urls[name] for name in names if name in topology.urls]
-            rest = list(topology.urls.values())
-            # Calls that any node may answer are spread over the nodes.
-            turn = int(self.random() * len(rest)) if rest and shard is None else 0
-            ordered += rest[turn:] + rest[:turn]
-        ordered += self.seeds
-        unique = list(dict.fromkeys(ordered))
-        return sorted(unique, key=lambda url: self._avoid_until.get(url, 0.0) > now)
-
-    def avoid(self, url: str, now: float) -> None:
-        self._avoid_until[url] = now + self.policy.avoid_s
-
-    def is_avoided(self, url: str, now: float) -> bool:
-        return self._avoid_until.get(url, 0.0) > now
-
-    def well(self, url: str) -> None:
-        self._avoid_until.pop(url, None)
-
-    def earn(self) -> None:
-        self._retry_tokens = min(
-            self.policy.retry_tokens_max, self._retry_tokens + self.policy.retry_tokens_per_call
-        )
-
-    def spend_retry(self, now: float) -> bool:
-        """True when the budget had one retry left."""
-        elapsed = max(0.0, now - self._tokens_at)
-        self._tokens_at = now
-        self._retry_tokens = min(
-            self.policy.retry_tokens_max,
-            self._retry_tokens + elapsed * self.policy.retry_tokens_per_s,
-        )
-        if self._retry_tokens < 1.0:
-            return False
-        self._retry_tokens -= 1.0
-        return True
-
-
 @dataclass(frozen=True, slots=True)
 class _New:
     """Not started."""
@@ -226,6 +125,7 @@ class Exchange(Generic[T]):
         self._router = router
         self._policy = router.policy
         self._deadline_s = call.deadline_s if call.deadline_s is not None else self._default()
+        self._started = now
         self._deadline = now + self._deadline_s
         self._state: _State = _New()
         self._attempts = 0
@@ -234,6 +134,8 @@ class Exchange(Generic[T]):
         self._tried: set[str] = set()
         self._next_url: str | None = None
         self._last_error: AgentMemError | None = None
+        self._has_answer = False
+        self._may_have_happened = False
 
     def _default(self) -> float:
         is_batch = self._call.name.endswith("_many")
@@ -250,10 +152,12 @@ class Exchange(Generic[T]):
     ) -> Instruction[T]:
         state = self._state
         if isinstance(state, _FetchingMap):
+            self._has_answer = True
             return self._map_answered(state.url, status, body, now)
         assert isinstance(state, _Asking)
+        self._has_answer = True
         self._router.well(state.url)
-        if 200 <= status < 300:
+        if 200 <= status < 300 or status in self._call.also_answers:
             return self._succeeded(status, body)
         return self._refused(state.url, status, headers, body, now)
 
@@ -269,6 +173,10 @@ class Exchange(Generic[T]):
         self._router.avoid(state.url, now)
         self._router.map_is_stale = True
         self._last_error = _no_answer(state.url, why, text)
+        if why is not Failure.REFUSED:
+            self._may_have_happened = True
+        if isinstance(self._call.route, ToNode):
+            return self._fail(self._last_error)
         untried = [
             url
             for url in self._router.candidates(self._call, now)
@@ -315,11 +223,9 @@ class Exchange(Generic[T]):
         )
 
     def _needs_map(self) -> bool:
-        if isinstance(self._call.route, Anywhere) and self._router.topology is None:
+        if isinstance(self._call.route, Anywhere | ToNode):
             return False
-        return self._router.topology is None or (
-            self._router.map_is_stale and not isinstance(self._call.route, Anywhere)
-        )
+        return self._router.topology is None or self._router.map_is_stale
 
     def _map_source(self, now: float) -> str | None:
         for url in self._router.candidates(cluster_call(), now):
@@ -334,31 +240,31 @@ class Exchange(Generic[T]):
         # Set here and not when the answer comes: of many calls that learn at once that the
         # map is stale, one fetches it and the others go on with what they have.
         self._router.map_is_stale = False
-        timeout_s = min(self._attempt_timeout(left_s), 2.0)
+        timeout_s = min(self._attempt_timeout(left_s), _MAP_S_MAX)
         request = cluster_call()
-        return Send(request.method, url + request.path, self._headers(timeout_s, False), None, timeout_s)
+        return Send(request.method, url + request.path, self._common(timeout_s), None, timeout_s)
 
     def _map_answered(self, url: str, status: int, body: bytes, now: float) -> Instruction[T]:
         self._map_tried.add(url)
         try:
             if status == 200:
-                self._router.learn(Topology.read(_parsed(body)))
+                self._router.learn(Topology.read(parsed(body)))
                 self._router.well(url)
                 return self._next_step(now)
-            error = _error_of(status, _parsed_or_none(body), url)
+            error = error_of(status, parsed(body) if 400 <= status < 500 else None, url)
         except ProtocolError as not_ours:
             error = not_ours
         self._last_error = error
         if status in (401, 403):
             return self._fail(error)
-        if not _is_retryable(error.code, status) and self._router.topology is None:
+        if not is_retryable(error.code, status) and self._router.topology is None:
             return self._fail(error)
         return self._next_step(now)
 
     def _succeeded(self, status: int, body: bytes) -> Instruction[T]:
         self._router.earn()
         try:
-            value = self._call.read(_parsed(body) if status != 204 and body else {})
+            value = self._call.read(parsed(body) if status != 204 and body else {})
         except AgentMemError as error:
             return self._fail(error)
         except (KeyError, TypeError, ValueError, AttributeError) as wrong:
@@ -371,23 +277,29 @@ class Exchange(Generic[T]):
     def _refused(
         self, url: str, status: int, headers: Mapping[str, str], body: bytes, now: float
     ) -> Instruction[T]:
-        parsed = _parsed_or_none(body)
-        error = _error_of(status, parsed, url)
-        code = str(parsed.get("code", "")) if parsed else ""
+        answer = parsed_or_none(body)
+        error = error_of(status, answer, url)
+        code = str(answer.get("code", "")) if answer else ""
         self._last_error = error
-        if not _is_retryable(code, status):
+        if not is_retryable(code, status) or isinstance(self._call.route, ToNode):
             return self._fail(error)
+        if isinstance(error, DeadlineExceeded):
+            self._may_have_happened = True
         if code in _MAP_IS_STALE_CODES:
             leader = self._router.url_of(error.details.get("leader"))
-            if leader is not None and leader != url and self._redirects < self._policy.redirects_max:
+            if (
+                leader is not None
+                and leader != url
+                and self._redirects < self._policy.redirects_max
+            ):
                 self._redirects += 1
                 self._next_url = leader
                 return self._next_step(now)
             self._router.map_is_stale = True
-        elif code in ("shutting_down", "no_quorum", "unavailable"):
+        elif code in _NODE_IS_ILL_CODES:
             self._router.avoid(url, now)
             self._router.map_is_stale = True
-        return self._retry(now, at_least_s=_retry_after_s(headers))
+        return self._retry(now, at_least_s=retry_after_s(headers))
 
     def _retry(self, now: float, at_least_s: float) -> Instruction[T]:
         if not self._router.spend_retry(now):
@@ -398,6 +310,8 @@ class Exchange(Generic[T]):
         )
         wait_s = max(at_least_s, ceiling_s * self._router.random())
         left_s = self._deadline - now
+        if not self._has_answer:
+            left_s = min(left_s, self._started + self._policy.unreachable_s_max - now)
         if wait_s >= left_s:
             return self._out_of_time()
         self._state = _BackingOff()
@@ -407,7 +321,7 @@ class Exchange(Generic[T]):
         share_s = max(self._policy.attempt_s_min, self._deadline_s * self._policy.attempt_share_max)
         return min(left_s, share_s)
 
-    def _headers(self, timeout_s: float, own: bool = True) -> dict[str, str]:
+    def _common(self, timeout_s: float) -> dict[str, str]:
         headers = {
             "Accept": "application/json",
             # The server stops when nobody waits any more.
@@ -415,12 +329,15 @@ class Exchange(Generic[T]):
         }
         if self._router.api_key:
             headers["Authorization"] = f"Bearer {self._router.api_key}"
-        if own and self._call.body is not None:
+        return headers
+
+    def _headers(self, timeout_s: float) -> dict[str, str]:
+        headers = self._common(timeout_s)
+        if self._call.body is not None:
             headers["Content-Type"] = "application/json"
-        if own and self._call.idempotency_key is not None:
+        if self._call.idempotency_key is not None:
             headers["Idempotency-Key"] = self._call.idempotency_key
-        if own:
-            headers.update(self._call.headers)
+        headers.update(self._call.headers)
         return headers
 
     # -- ends ---------------------------------------------------------------------------
@@ -441,54 +358,8 @@ class Exchange(Generic[T]):
     def _fail(self, error: AgentMemError) -> Instruction[T]:
         self._state = _Ended()
         error.idempotency_key = self._call.idempotency_key
+        error.outcome_unknown = self._call.idempotency_key is not None and self._may_have_happened
         return Fail(error)
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except ValueError as wrong:
-        raise ProtocolError("The answer is not JSON. Is the URL an AgentMem node's?") from wrong
-    if not isinstance(value, dict):
-        raise ProtocolError("The answer is not a JSON object. Is the URL an AgentMem node's?")
-    return value
-
-
-def _parsed_or_none(body: bytes) -> dict[str, Any] | None:
-    try:
-        return _parsed(body)
-    except ProtocolError:
-        return None
-
-
-def _error_of(status: int, parsed: Mapping[str, Any] | None, url: str) -> AgentMemError:
-    code = parsed.get("code") if parsed else None
-    text = (parsed or {}).get("detail") or (parsed or {}).get("error")
-    details = (parsed or {}).get("details")
-    kind = error_class(str(code) if code else None, status)
-    return kind(
-        str(text) if text else f"{url} answered HTTP {status}.",
-        status=status,
-        details=details if isinstance(details, dict) else None,
-    )
-
-
-def _is_retryable(code: str, status: int) -> bool:
-    if code in _RETRYABLE_CODES:
-        return True
-    known = code and error_class(code).code == code
-    return not known and status in _RETRYABLE_STATUSES
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Seconds; 0 when absent or a date. HTTP allows whole seconds only, servers say fractions too."""
-    for name, value in headers.items():
-        if name.lower() == "retry-after":
-            try:
-                return min(30.0, max(0.0, float(value)))
-            except ValueError:
-                return 0.0
-    return 0.0
 
 
 def _no_answer(url: str, why: Failure, text: str) -> AgentMemError:

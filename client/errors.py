@@ -36,7 +36,12 @@ from typing import Any, ClassVar
 
 
 class AgentMemError(Exception):
-    """`code`, `status` (0: no answer came), `message`, `details`, and `idempotency_key` of a write."""
+    """What went wrong. `status` is 0 when no answer came.
+
+    `outcome_unknown`: a write that may have happened; sent again under the same
+    `idempotency_key` it takes effect once. `stored`: of an `add_many` that failed midway, what
+    was stored before.
+    """
 
     code: ClassVar[str] = "client_error"
 
@@ -53,6 +58,8 @@ class AgentMemError(Exception):
         self.status = status
         self.details = details or {}
         self.idempotency_key = idempotency_key
+        self.outcome_unknown = False
+        self.stored: Any = None
 
 
 class RequestRefused(AgentMemError):

@@ -247,3 +247,16 @@ class HistoryEntry:
             at=body.get("at", ""),
             metadata=body.get("metadata") or {},
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """One node about itself: `is_ready` when its shards have leaders and it has caught up."""
+
+    is_ready: bool
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, body: Json) -> Health:
+        ready = body.get("ready", body.get("status") in ("ok", "ready"))
+        return cls(is_ready=bool(ready), details=body)
