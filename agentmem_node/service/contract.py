@@ -1,4 +1,4 @@
-"""What the HTTP layer and the console ask of a node. `agentmem_node.service.node.Node` provides it."""
+"""What the HTTP layer asks of a node; `agentmem_node.service.node.Node` provides it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class NodeService(Protocol):
     def encode_cursor(self, request: rq.SearchRequest, answer: SearchAnswer) -> str | None: ...
 
     def cluster_view(self) -> dict[str, Any]:
-        """GET /cluster: nodes, shard map (version, slots, shard -> epoch, members, leader), groups."""
+        """GET /cluster: nodes, and shards with epoch, members, slots and leader."""
         ...
 
     def tenant_of_key(self, key_hash: bytes) -> tuple[str, str] | None:

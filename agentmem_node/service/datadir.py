@@ -1,10 +1,10 @@
 """The data directory: one node's, for ever, and one process's at a time.
 
-    LOCK                    held by the running process
-    node.json               whose directory this is, and in which format
-    journal/  meta/         the write-ahead journal; the meta group's checkpoint
-    shards/s00-e1/          one LMDB environment a shard and epoch
-    text/                   the full-text index: derived, rebuilt when missing
+LOCK                    held by the running process
+node.json               whose directory this is, and in which format
+journal/  meta/         the write-ahead journal; the meta group's checkpoint
+shards/s00-e1/          one LMDB environment a shard and epoch
+text/                   the full-text index: derived, rebuilt when missing
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a request to a draft: everything that can be refused about an add or a change is refused here.
+"""From a request to a draft: what can be refused about an add or a change is refused here.
 
 Nothing below this point sees unchecked input, and nothing is written before all of it was checked.
 """
@@ -160,11 +160,9 @@ def changed(memory: Memory, change: rq.UpdateRequest, now_ms: int, limits: Limit
             hint="Give at least one of content, metadata, memory_type, importance, categories, "
             "expires_at, vector.",
         )
-    # Time never runs backwards in a record, whatever the wall clock of the node that writes it does.
+    # Time never runs backwards in a record, whatever the wall clock of its writer does.
     updated = max(format_ms(now_ms), memory.updated_at)
-    return msgspec.structs.replace(
-        memory, **fields, updated_at=updated, version=memory.version + 1
-    )
+    return msgspec.structs.replace(memory, **fields, updated_at=updated, version=memory.version + 1)
 
 
 def check_scope(scope: Scope, limits: Limits) -> None:
@@ -240,7 +238,7 @@ def check_metadata(metadata: dict[str, Any], limits: Limits) -> None:
 
 
 def normalised(values: list[float], dim: int) -> bytes:
-    """Float32 bytes of unit length. Raises InvalidField on a wrong dimension, NaN, infinity or zero."""
+    """Float32 bytes of unit length. Raises InvalidField (dimension, NaN, infinity, all zeros)."""
     if dim == 0:
         raise InvalidField(
             "This cluster is lexical only: it stores no vectors.",

@@ -78,7 +78,7 @@ class View:
 
 
 def meta_voters(nodes: list[str]) -> tuple[str, ...]:
-    """The first three nodes by name, five when there are five: a majority must be cheap to reach."""
+    """The first three nodes by name, or five: a majority must be cheap to reach."""
     return tuple(sorted(nodes)[: 5 if len(nodes) >= 5 else 3])
 
 
@@ -126,9 +126,7 @@ class Membership:
         if self._node_id in self._voters:
             self._machine = MetaStateMachine(self._disk, "meta")
             self._machine.on_change.append(self._changed.set)
-            self._meta = self._host.add_group(
-                GroupSpec(GROUP_META, 1, self._voters), self._machine
-            )
+            self._meta = self._host.add_group(GroupSpec(GROUP_META, 1, self._voters), self._machine)
         if self._link is not None:
             self._link.register("meta.view", self._on_view_asked)
             self._link.register("meta.put_node", self._on_put_node)
@@ -274,7 +272,7 @@ class Membership:
         return False
 
     async def _on_put_node(self, peer: str, body: dict[str, Any]) -> None:
-        """A peer says where it is reached. It can speak for itself only: `peer` is authenticated."""
+        """A peer says where it is reached; only itself, because `peer` is authenticated."""
         if self._meta is None:
             raise NotLeader("This node does not vote in the meta group.")
         await self._meta.propose(
@@ -292,7 +290,7 @@ class Membership:
             return View.from_wire(msgpack.unpackb(file.pread(file.size(), 0)))
         # A damaged copy is no loss: the meta group has the original.
         except (ValueError, KeyError, TypeError, AgentMemError) as error:
-            log.warning("the kept copy of the shard map cannot be read (%s); asking the cluster", error)
+            log.warning("cannot read the kept shard map (%s); asking the cluster", error)
             return None
         finally:
             file.close()

@@ -134,7 +134,7 @@ class Routing:
                 self.remaining(deadline)
                 raise NoQuorum(
                     f"Shard {shard_id} has no leader that this node can reach.",
-                    hint="A majority of its replicas must be up; `agentmem cluster status` shows them.",
+                    hint="A majority of its replicas must be up: see `agentmem cluster status`.",
                     shard=shard_id,
                 )
             await asyncio.sleep(_LEADER_POLL_S)

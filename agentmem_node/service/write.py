@@ -225,7 +225,9 @@ class Writes:
                 "request_id": request_id,
                 "fingerprint": caller.fingerprint,
             }
-            wire: list[Any] = await self._routing.call(leader, "write.update", body, caller.deadline)
+            wire: list[Any] = await self._routing.call(
+                leader, "write.update", body, caller.deadline
+            )
             return wire
 
         record, version, index = await self._routing.at_leader(
@@ -399,7 +401,12 @@ class Writes:
             return await self._propose_here(local, write, deadline, command)
 
         async def there(leader: str, info: ShardInfo) -> Written:
-            body = {"shard": shard_id, "epoch": info.epoch, "tenant": write.tenant, "command": command}
+            body = {
+                "shard": shard_id,
+                "epoch": info.epoch,
+                "tenant": write.tenant,
+                "command": command,
+            }
             return Written.from_wire(
                 await self._routing.call(leader, "write.propose", body, deadline)
             )
@@ -485,9 +492,7 @@ def _parts(prepared: list[_Prepared]) -> list[list[_Prepared]]:
     size = 0
     for p in prepared:
         cost = len(p.add.record) + len(p.add.vector or b"")
-        if parts[-1] and (
-            len(parts[-1]) >= _COMMAND_ITEMS_MAX or size + cost > _COMMAND_BYTES_MAX
-        ):
+        if parts[-1] and (len(parts[-1]) >= _COMMAND_ITEMS_MAX or size + cost > _COMMAND_BYTES_MAX):
             parts.append([])
             size = 0
         parts[-1].append(p)

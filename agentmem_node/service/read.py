@@ -1,0 +1,377 @@
+"""Reads: one memory, its history, a page of a scope. (Searches: `service/search.py`.)
+
+`linearizable` asks the group for an index that a quorum confirmed and waits until this replica
+has applied it; `session` waits for the caller's token; `eventual` answers at once. All of them
+can be served by any replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from agentmem_cluster.errors import AgentMemError, InternalError, InvalidField, NoQuorum
+from agentmem_cluster.runtime import Clock
+from agentmem_node.model import requests as rq
+from agentmem_node.model.cursors import decode_list_cursor, encode_list_cursor
+from agentmem_node.model.filters import And, Compare, Filter, matches, parse_filter
+from agentmem_node.model.ids import parse_id, slot_of_id
+from agentmem_node.model.limits import Limits
+from agentmem_node.model.memory import HistoryEntry, Memory, Scope
+from agentmem_node.model.search import Consistency
+from agentmem_node.service.contract import Caller
+from agentmem_node.service.drafts import check_scope
+from agentmem_node.service.fanout import FanOut, Gathered
+from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.service.tokens import decode_token, encode_token
+from agentmem_node.service.write import not_found
+
+T = TypeVar("T")
+_history_decoder = msgspec.json.Decoder(HistoryEntry)
+_history_encoder = msgspec.json.Encoder()
+
+
+async def settle(
+    local: LocalShard, consistency: Consistency, at_index: int, deadline: float
+) -> None:
+    """Return once this replica may answer a read of this consistency."""
+    if consistency == "linearizable":
+        await local.group.read_index(deadline=deadline)
+    elif consistency == "session" and at_index > local.shard.applied_index:
+        await local.group.wait_applied(at_index, deadline=deadline)
+
+
+def session_tokens(consistency: Consistency, token: str | None) -> dict[str, int]:
+    """The indexes to wait for. Raises InvalidField when `session` comes without its token."""
+    if token is None:
+        if consistency == "session":
+            raise InvalidField(
+                "`consistency: session` needs the `token` of an earlier answer.",
+                hint="Send the token back, or ask for `linearizable` (the default).",
+                field="token",
+            )
+        return {}
+    return decode_token(token)
+
+
+class Reads:
+    def __init__(self, routing: Routing, fan_out: FanOut, *, clock: Clock, limits: Limits) -> None:
+        self._routing = routing
+        self._fan_out = fan_out
+        self._clock = clock
+        self._limits = limits
+
+    # -- one memory -----------------------------------------------------------------------
+
+    async def get(
+        self, caller: Caller, memory_id: str, consistency: Consistency, token: str | None
+    ) -> rq.MemoryAnswer:
+        """Raises NotFound (expired memories included), NoQuorum, DeadlineExceeded."""
+        key = parse_id(memory_id)
+        shard_id = self._routing.shard_of_slot(slot_of_id(key))
+        at = session_tokens(consistency, token).get(shard_id, 0)
+        now_ms = self._clock.wall_ms()
+
+        def read(local: LocalShard) -> list[Any]:
+            return self._get_here(local, caller.tenant, key, now_ms)
+
+        body = {"tenant": caller.tenant, "id": key, "now_ms": now_ms}
+        found, version, index = await self._of_one(
+            shard_id, "read.get", body, read, consistency, at, caller.deadline
+        )
+        if found is None:
+            raise not_found(key)
+        return rq.MemoryAnswer(
+            memory=msgspec.Raw(found), version=version, token=encode_token({shard_id: index})
+        )
+
+    def _get_here(self, local: LocalShard, tenant: str, key: bytes, now_ms: int) -> list[Any]:
+        stored = local.shard.get(tenant, key)
+        index = local.shard.applied_index
+        if stored is None or (stored.expires_ms is not None and stored.expires_ms <= now_ms):
+            return [None, 0, index]
+        return [stored.record, stored.version, index]
+
+    async def on_get(self, _peer: str, body: dict[str, Any]) -> list[Any]:
+        """`read.get`: a peer without a replica asks."""
+        local = await self._settled_of(body)
+        return self._get_here(local, body["tenant"], body["id"], body["now_ms"])
+
+    # -- history --------------------------------------------------------------------------
+
+    async def history(self, caller: Caller, memory_id: str) -> rq.HistoryAnswer:
+        """All versions, oldest first, of a deleted memory too. Raises NotFound."""
+        key = parse_id(memory_id)
+        shard_id = self._routing.shard_of_slot(slot_of_id(key))
+
+        def read(local: LocalShard) -> list[Any]:
+            return self._history_here(local, caller.tenant, key)
+
+        body = {"tenant": caller.tenant, "id": key}
+        entries, index = await self._of_one(
+            shard_id, "read.history", body, read, "linearizable", 0, caller.deadline
+        )
+        if not entries:
+            raise not_found(key)
+        return rq.HistoryAnswer(
+            results=[_history_decoder.decode(entry) for entry in entries],
+            token=encode_token({shard_id: index}),
+        )
+
+    def _history_here(self, local: LocalShard, tenant: str, key: bytes) -> list[Any]:
+        entries = local.shard.history(tenant, key, self._limits.history_versions_max)
+        encoded = [_history_encoder.encode(entry) for entry in entries]
+        return [encoded, local.shard.applied_index]
+
+    async def on_history(self, _peer: str, body: dict[str, Any]) -> list[Any]:
+        """`read.history`."""
+        local = await self._settled_of(body)
+        return self._history_here(local, body["tenant"], body["id"])
+
+    # -- a page of a scope ----------------------------------------------------------------
+
+    async def list(self, caller: Caller, query: rq.ListQuery) -> rq.ListAnswer:
+        """Memories of a scope, newest first; shards that did not answer stand in `partial`."""
+        if query.limit > self._limits.page_items_max:
+            raise InvalidField(
+                f"`limit` is {query.limit}; the most is {self._limits.page_items_max} "
+                "(limits.page_items_max).",
+                hint="Page with `cursor`.",
+                field="limit",
+            )
+        scope = Scope(
+            user_id=query.user_id, agent_id=query.agent_id, app_id=query.app_id, run_id=query.run_id
+        )
+        check_scope(scope, self._limits)
+        filter_ = None if query.filters is None else parse_filter(query.filters, self._limits)
+        scope = promoted(scope, filter_)
+        after = None if query.cursor is None else decode_list_cursor(query.cursor)
+        tokens = session_tokens(query.consistency, query.token)
+        shards = self.shards_of(caller.tenant, scope)
+        body = {
+            "tenant": caller.tenant,
+            "scope": [scope.user_id, scope.agent_id, scope.app_id, scope.run_id],
+            "filters": query.filters,
+            "after": after,
+            # One more than asked: whether there is a next page must be known, not guessed.
+            "limit": query.limit + 1,
+            "now_ms": self._clock.wall_ms(),
+        }
+
+        def read(local: LocalShard) -> list[Any]:
+            return self._list_here(local, body, filter_)
+
+        gathered: Gathered[list[Any]] = await self.ask_each(
+            shards, "read.list", body, read, query.consistency, tokens, caller.deadline
+        )
+        partial = gathered.missing(shards)
+        if len(partial) == len(shards):
+            raise gathered.errors.get(shards[0], NoQuorum("No shard answered in time."))
+        pages = [page for page, _ in gathered.answers.values()]
+        rows = list(heapq.merge(*pages, key=lambda row: (-row[0], _inverted(row[1]))))
+        rows = rows[: query.limit + 1]
+        next_cursor = None
+        if len(rows) > query.limit:
+            rows.pop()
+            next_cursor = encode_list_cursor((rows[-1][0], rows[-1][1]))
+        return rq.ListAnswer(
+            results=[msgspec.Raw(row[2]) for row in rows],
+            next_cursor=next_cursor,
+            partial=partial,
+            token=encode_token({s: index for s, (_, index) in gathered.answers.items()}),
+        )
+
+    def _list_here(
+        self, local: LocalShard, body: dict[str, Any], filter_: Filter | None
+    ) -> list[Any]:
+        user_id, agent_id, app_id, run_id = body["scope"]
+        scope = Scope(user_id=user_id, agent_id=agent_id, app_id=app_id, run_id=run_id)
+        condition = _with_scope(scope, filter_)
+        accept: Callable[[Memory], bool] | None = None
+        if condition is not None:
+            checked = condition
+            accept = lambda memory: matches(checked, memory)  # noqa: E731
+        after = body["after"]
+        page = local.shard.list(
+            body["tenant"],
+            scope.owner if scope.user_id is not None else None,
+            accept=accept,
+            after=None if after is None else (after[0], after[1]),
+            limit=body["limit"],
+            now_ms=body["now_ms"],
+        )
+        rows = [[stored.created_ms, stored.id, stored.record] for stored in page]
+        return [rows, local.shard.applied_index]
+
+    async def on_list(self, _peer: str, body: dict[str, Any]) -> dict[str, Any]:
+        """`read.list`: shard -> its page, or its error."""
+        filters = body["filters"]
+        filter_ = None if filters is None else parse_filter(filters, self._limits)
+        return await self.answer_each(body, lambda local: self._list_here(local, body, filter_))
+
+    # -- asking replicas ------------------------------------------------------------------
+
+    def shards_of(self, tenant: str, scope: Scope) -> list[str]:
+        """One shard when the scope names the user, by whom memories are routed first; else all.
+
+        A memory of an agent that has a user too lies on the user's shard, so an agent alone
+        cannot say where to look.
+        """
+        shard_map = self._routing.current_map()
+        if scope.user_id is not None:
+            return [shard_map.shard_of(tenant, scope.owner).id]
+        return list(shard_map.shards)
+
+    async def ask_each(
+        self,
+        shards: Sequence[str],
+        method: str,
+        body: dict[str, Any],
+        read: Callable[[LocalShard], T],
+        consistency: Consistency,
+        tokens: dict[str, int],
+        deadline: float,
+    ) -> Gathered[T]:
+        """Ask one replica of each shard: by `read` on this node, by `method` on others."""
+        epochs = {shard: info.epoch for shard, info in self._routing.current_map().shards.items()}
+
+        async def ask(node: str, wanted: Sequence[str]) -> dict[str, T | AgentMemError]:
+            where = [(shard, epochs[shard], tokens.get(shard, 0)) for shard in wanted]
+            if node == self._routing.node_id:
+                return await self._read_here(where, read, consistency, deadline)
+            asked = {**body, "shards": where, "consistency": consistency}
+            wire: dict[str, Any] = await self._routing.call(node, method, asked, deadline)
+            return {shard: answer for shard, answer in wire.items() if answer is not None}
+
+        return await self._fan_out.gather(shards, ask, deadline)
+
+    async def _read_here(
+        self,
+        where: Sequence[tuple[str, int, int]],
+        read: Callable[[LocalShard], T],
+        consistency: Consistency,
+        deadline: float,
+    ) -> dict[str, T | AgentMemError]:
+        """Read several local shards; all of them are confirmed together, by one round a peer."""
+        settled = await asyncio.gather(
+            *(self._settled(*one, consistency, deadline) for one in where), return_exceptions=True
+        )
+        answers: dict[str, T | AgentMemError] = {}
+        for (shard_id, _, _), local in zip(where, settled, strict=True):
+            if isinstance(local, AgentMemError):
+                answers[shard_id] = local
+            elif isinstance(local, BaseException):
+                raise local
+            else:
+                answers[shard_id] = read(local)
+        return answers
+
+    async def answer_each(
+        self, body: dict[str, Any], read: Callable[[LocalShard], Any]
+    ) -> dict[str, Any]:
+        """The peer's side of `ask_each`: None for a shard that cannot be answered here now."""
+        answers = await self._read_here(
+            body["shards"], read, body["consistency"], self._deadline_of(body)
+        )
+        return {
+            shard: None if isinstance(answer, AgentMemError) else answer
+            for shard, answer in answers.items()
+        }
+
+    async def _settled(
+        self, shard_id: str, epoch: int, at: int, consistency: Consistency, deadline: float
+    ) -> LocalShard:
+        local = self._routing.check_epoch(shard_id, epoch)
+        await settle(local, consistency, at, deadline)
+        return local
+
+    def _deadline_of(self, body: dict[str, Any]) -> float:
+        return self._clock.monotonic() + float(body["left_ms"]) / 1000
+
+    async def _of_one(
+        self,
+        shard_id: str,
+        method: str,
+        body: dict[str, Any],
+        read: Callable[[LocalShard], Any],
+        consistency: Consistency,
+        at: int,
+        deadline: float,
+    ) -> Any:
+        """Ask one replica of one shard; its error is the caller's."""
+        local = self._routing.local.get(shard_id)
+        if local is not None and local.group.is_leader:
+            await settle(local, consistency, at, deadline)
+            return read(local)  # the usual case: no task, no timer
+
+        async def ask(node: str, _shards: Sequence[str]) -> dict[str, Any]:
+            epoch = self._routing.current_map().shards[shard_id].epoch
+            if node == self._routing.node_id:
+                here = await self._settled(shard_id, epoch, at, consistency, deadline)
+                return {shard_id: read(here)}
+            asked = {
+                **body,
+                "shard": shard_id,
+                "epoch": epoch,
+                "consistency": consistency,
+                "at": at,
+            }
+            return {shard_id: await self._routing.call(node, method, asked, deadline)}
+
+        gathered: Gathered[Any] = await self._fan_out.gather([shard_id], ask, deadline)
+        if shard_id in gathered.answers:
+            return gathered.answers[shard_id]
+        self._routing.remaining(deadline)
+        error = gathered.errors.get(shard_id)
+        raise error or InternalError(f"Shard {shard_id} gave neither an answer nor an error.")
+
+    async def _settled_of(self, body: dict[str, Any]) -> LocalShard:
+        return await self._settled(
+            body["shard"], body["epoch"], body["at"], body["consistency"], self._deadline_of(body)
+        )
+
+
+def promoted(scope: Scope, filter_: Filter | None) -> Scope:
+    """`scope` with the user that the filter demands, which routes as well."""
+    if scope.user_id is not None or filter_ is None:
+        return scope
+    for part in filter_.parts if isinstance(filter_, And) else (filter_,):
+        if (
+            isinstance(part, Compare)
+            and (part.field, part.op) == ("user_id", "eq")
+            and isinstance(part.value, str)
+        ):
+            return Scope(
+                user_id=part.value,
+                agent_id=scope.agent_id,
+                app_id=scope.app_id,
+                run_id=scope.run_id,
+            )
+    return scope
+
+
+def _with_scope(scope: Scope, filter_: Filter | None) -> Filter | None:
+    parts: list[Filter] = [
+        Compare(field, "eq", value)
+        for field, value in (
+            ("user_id", scope.user_id),
+            ("agent_id", scope.agent_id),
+            ("app_id", scope.app_id),
+            ("run_id", scope.run_id),
+        )
+        if value is not None
+    ]
+    if filter_ is not None:
+        parts.append(filter_)
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else And(tuple(parts))
+
+
+def _inverted(key: bytes) -> bytes:
+    """Sorts in the opposite order of `key`."""
+    return bytes(255 - byte for byte in key)
