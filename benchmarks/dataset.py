@@ -15,7 +15,7 @@ import numpy.typing as npt
 OWNER_SIZES = {100: 200, 1_000: 40, 10_000: 4}  # size -> how many owners: 100,000 in all
 _TOPICS = 300
 _WORDS = 8_000
-_SYLLABLES = "ba be bi bo bu da de di do du ka ke ki ko ku la le li lo lu ma me mi mo mu ra re ri ro ru".split()
+_SYLLABLES = [consonant + vowel for consonant in "bdklmr" for vowel in "aeiou"]
 
 
 @dataclass(slots=True)

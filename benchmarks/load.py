@@ -50,7 +50,7 @@ class Result:
         ordered = sorted(self.latencies_ms)
         return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
-    def summary(self) -> dict[str, float | int | None | str]:
+    def summary(self) -> dict[str, float | int | str | None]:
         return {
             "rate": round(self.rate, 1),
             "p50_ms": round(self.percentile(0.5), 3),
@@ -183,10 +183,13 @@ async def run(
             send(connection)
     else:
         idle.extend(connections)
-        asyncio.ensure_future(_arrivals(rate, begun, end, idle, waiting, send))
+        arrivals = asyncio.ensure_future(_arrivals(rate, begun, end, idle, waiting, send))
+        done.add_done_callback(lambda _: arrivals.cancel())
     limit = (seconds + warm_up_s) * 3 + 60
     await asyncio.wait_for(done, limit)
-    took = (time.perf_counter() if count is not None else min(time.perf_counter(), end)) - measure_from
+    took = (
+        time.perf_counter() if count is not None else min(time.perf_counter(), end)
+    ) - measure_from
     for connection in connections:
         connection.on_answer = lambda status, body: None
         if connection.transport is not None:

@@ -1,4 +1,4 @@
-"""Start and stop the servers under test. Each is a child process, ended by its id, whatever happens."""
+"""Start and stop the servers under test: child processes, ended by their ids."""
 
 from __future__ import annotations
 
@@ -128,7 +128,17 @@ def agentmem_cluster(nodes: int = 3, provider: str = "none") -> Iterator[Server]
     ports = free_ports(nodes, spaced=100)
     log = (directory / "cluster.log").open("ab")
     process = subprocess.Popen(
-        [BIN / "agentmem", "cluster", "dev", "--nodes", str(nodes), "--data", directory / "data", "--port", str(ports[0])],
+        [
+            BIN / "agentmem",
+            "cluster",
+            "dev",
+            "--nodes",
+            str(nodes),
+            "--data",
+            directory / "data",
+            "--port",
+            str(ports[0]),
+        ],
         stdout=log,
         stderr=log,
         env=_environment(AGENTMEM_EMBEDDING_PROVIDER=provider),
@@ -166,7 +176,7 @@ def chroma() -> Iterator[Server]:
 
 
 def resident_bytes(pid: int) -> tuple[int, int]:
-    """(all resident, anonymous only) of a process. Mapped files that are cached count in the first."""
+    """(all resident, anonymous only) of a process; the first counts cached file pages."""
     total = anonymous = 0
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):

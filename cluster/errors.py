@@ -44,7 +44,7 @@ class AgentMemError(Exception):
         self.details = details
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON body of the error: `detail` and `error` carry the same text (Mem0's SDKs read either)."""
+        """The JSON body. `detail` and `error` are the same text: Mem0's SDKs read either."""
         text = f"{self.message} {self.hint}".strip()
         body: dict[str, Any] = {"detail": text, "error": text, "code": self.code}
         if self.details:

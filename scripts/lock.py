@@ -31,7 +31,9 @@ def main() -> None:
             named = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", marker)
             if named is None or named[1] in extras:
                 queue.append(re.sub(r"\s.*|[<>=!~(].*", "", spec.strip()))
-    print("# Versions that the tests passed with. Made by `make lock`; pip reads it as constraints.")
+    print(
+        "# Versions that the tests passed with. Made by `make lock`; pip reads it as constraints."
+    )
     pins = {re.sub(r"\[.*", "", key): version for key, version in seen.items()}
     pins.pop("agentmem-cluster")
     for name, version in sorted(pins.items()):

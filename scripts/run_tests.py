@@ -16,7 +16,17 @@ from pathlib import Path
 
 # (name, deadline in seconds, pytest arguments). Areas are disjoint; `check_complete` keeps them so.
 STAGES: list[tuple[str, int, list[str]]] = [
-    ("unit", 420, ["tests", "-m", "not process and not model", "--ignore=tests/sim", "--ignore=tests/defects"]),
+    (
+        "unit",
+        420,
+        [
+            "tests",
+            "-m",
+            "not process and not model",
+            "--ignore=tests/sim",
+            "--ignore=tests/defects",
+        ],
+    ),
     ("defects", 240, ["tests/defects"]),
     ("simulator", 300, ["tests/sim"]),
     ("model", 240, ["tests", "-m", "model and not process"]),
@@ -35,7 +45,11 @@ def run_stage(name: str, seconds: int, arguments: list[str]) -> tuple[int, dict[
     assert process.stdout is not None
     deadline = time.monotonic() + seconds
     watchdog = subprocess.Popen(
-        [sys.executable, "-c", f"import time,os,signal; time.sleep({seconds}); os.killpg({process.pid}, signal.SIGKILL)"]
+        [
+            sys.executable,
+            "-c",
+            f"import time, os; time.sleep({seconds}); os.killpg({process.pid}, {signal.SIGKILL:d})",
+        ]
     )
     last = ""
     try:
@@ -51,7 +65,9 @@ def run_stage(name: str, seconds: int, arguments: list[str]) -> tuple[int, dict[
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # the usual case: nothing was left behind
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last)}
+    counts = {
+        word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last)
+    }
     if time.monotonic() >= deadline:
         print(f"=== {name} did not end within {seconds} s and was stopped", flush=True)
         return 124, counts
@@ -72,8 +88,13 @@ def main() -> int:
             total[word] = total.get(word, 0) + n
         print(f"=== {name}: {time.monotonic() - started:.0f} s", flush=True)
         if code != 0:
-            failed.append(f"{name} (exit {code}{', no test ran' if code == NO_TESTS_COLLECTED else ''})")
-    passed, bad = total.get("passed", 0), total.get("failed", 0) + total.get("error", 0) + total.get("errors", 0)
+            failed.append(
+                f"{name} (exit {code}{', no test ran' if code == NO_TESTS_COLLECTED else ''})"
+            )
+    passed, bad = (
+        total.get("passed", 0),
+        total.get("failed", 0) + total.get("error", 0) + total.get("errors", 0),
+    )
     if failed:
         print("\nFailed: " + ", ".join(failed))
     print(f"\n{passed} passed, {bad} failed, {total.get('skipped', 0)} skipped")

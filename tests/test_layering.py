@@ -1,4 +1,4 @@
-"""The layers of ARCHITECTURE.md, kept by the machine: who may import whom, and who may ask the system."""
+"""The layers of ARCHITECTURE.md: who may import whom, and who may ask the system."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "agentmem_cluster": (),
     "agentmem_cluster.ring": (),
     "agentmem_cluster.shardmap": ("agentmem_cluster.ring",),
-    "agentmem_node.model": ("agentmem_cluster.errors", "agentmem_cluster.runtime", "agentmem_cluster.ring"),
+    "agentmem_node.model": (
+        "agentmem_cluster.errors",
+        "agentmem_cluster.runtime",
+        "agentmem_cluster.ring",
+    ),
     "agentmem_node.storage": NODE_BASE,
     "agentmem_node.index": (*NODE_BASE, "agentmem_node.storage"),
     "agentmem_node.engine": (*NODE_BASE, "agentmem_node.storage", "agentmem_node.index"),
@@ -30,7 +34,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "agentmem_node.security": (*NODE_BASE, "agentmem_node.config"),
     "agentmem_node.observe": (*NODE_BASE, "agentmem_node.config"),
     "agentmem_node.config": NODE_BASE,
-    "agentmem_node.api": (*NODE_BASE, "agentmem_node.service", "agentmem_node.security", "agentmem_node.observe", "agentmem_node.config"),
+    "agentmem_node.api": (
+        *NODE_BASE,
+        "agentmem_node.service",
+        "agentmem_node.security",
+        "agentmem_node.observe",
+        "agentmem_node.config",
+    ),
     "agentmem_node.service": ("agentmem_cluster", "agentmem_node"),
     "agentmem_node.cli": ("agentmem_cluster", "agentmem_client", "agentmem_node"),
     "agentmem_node.console": ("agentmem_cluster", "agentmem_client", "agentmem_node"),
@@ -41,10 +51,24 @@ NEVER = {"agentmem_node.service": ("agentmem_node.cli", "agentmem_node.console")
 # Nobody may import these packages: they stand on top.
 TOPS = ("agentmem_chaos", "benchmarks", "tests")
 # The same code runs under the simulator, so time, chance and disk are injected.
-DETERMINISTIC = ("agentmem_cluster", "agentmem_node.model", "agentmem_node.storage", "agentmem_node.index", "agentmem_node.engine")
+DETERMINISTIC = (
+    "agentmem_cluster",
+    "agentmem_node.model",
+    "agentmem_node.storage",
+    "agentmem_node.index",
+    "agentmem_node.engine",
+)
 SYSTEM_FILES = {"agentmem_cluster.realtime"}
 BANNED = {
-    "time": {"time", "monotonic", "sleep", "time_ns", "monotonic_ns", "perf_counter", "perf_counter_ns"},
+    "time": {
+        "time",
+        "monotonic",
+        "sleep",
+        "time_ns",
+        "monotonic_ns",
+        "perf_counter",
+        "perf_counter_ns",
+    },
     "random": None,
     "secrets": None,
     "uuid": {"uuid1", "uuid4"},
@@ -107,7 +131,11 @@ def test_time_and_chance_are_injected(banned: str) -> None:
                 and (names is None or node.attr in names)
             ):
                 wrong.append(f"{name}:{node.lineno} uses {banned}.{node.attr}")
-            if banned == "time" and isinstance(node, ast.Attribute) and node.attr in {"now", "utcnow", "today"}:
+            if (
+                banned == "time"
+                and isinstance(node, ast.Attribute)
+                and node.attr in {"now", "utcnow", "today"}
+            ):
                 wrong.append(f"{name}:{node.lineno} asks the clock by .{node.attr}")
     assert wrong == []
 

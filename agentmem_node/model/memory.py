@@ -53,7 +53,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Memory(msgspec.Struct, kw_only=True, omit_defaults=False):
-    """One memory as a user sees it. Times are RFC 3339, UTC, milliseconds: `2026-01-31T09:30:00.000Z`."""
+    """One memory as a user sees it. Times are RFC 3339 in UTC: `2026-01-31T09:30:00.000Z`."""
 
     id: str
     content: str

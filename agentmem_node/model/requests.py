@@ -74,7 +74,7 @@ class UpdateRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     memory_type: MemoryType | msgspec.UnsetType = msgspec.UNSET
     importance: Importance | msgspec.UnsetType = msgspec.UNSET
     categories: list[str] | msgspec.UnsetType = msgspec.UNSET
-    expires_at: str | None | msgspec.UnsetType = msgspec.UNSET
+    expires_at: str | msgspec.UnsetType | None = msgspec.UNSET
     vector: list[float] | msgspec.UnsetType = msgspec.UNSET
     expected_version: int | None = None
 

@@ -15,12 +15,13 @@ Consistency = Literal["linearizable", "session", "eventual"]
 
 @dataclass(frozen=True, slots=True)
 class SearchQuery:
-    """Everything that decides the order of results; equal queries give equal orders on any replica."""
+    """All that decides the order of results: equal queries give equal orders on any replica."""
 
     tenant: str
     scope: Scope
     top_k: int
-    now_ms: int  # chosen once, by the node that took the request: recency and expiry must agree everywhere
+    # Chosen once, by the node that took the request: recency and expiry must agree everywhere.
+    now_ms: int
     text: str | None = None
     vector: bytes | None = None  # float32 little-endian, L2-normalised, `dim` values
     filter: Filter | None = None
