@@ -5,6 +5,7 @@
     |   |-- InvalidField            400  one field of a body or a parameter, named
     |   |-- InvalidFilter           400
     |   |-- InvalidCursor           400
+    |   |-- MethodNotAllowed        405
     |   `-- TooLarge                413  over a configured limit, which it names
     |-- Unauthorized                401
     |-- Forbidden                   403
@@ -66,6 +67,10 @@ class InvalidFilter(BadRequest):
 
 class InvalidCursor(BadRequest):
     code = "invalid_cursor"
+
+
+class MethodNotAllowed(BadRequest):
+    code, status = "method_not_allowed", 405
 
 
 class TooLarge(BadRequest):

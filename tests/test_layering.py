@@ -30,10 +30,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "agentmem_node.storage": NODE_BASE,
     "agentmem_node.index": (*NODE_BASE, "agentmem_node.storage"),
     "agentmem_node.engine": (*NODE_BASE, "agentmem_node.storage", "agentmem_node.index"),
-    "agentmem_node.providers": (*NODE_BASE, "agentmem_node.config"),
-    "agentmem_node.security": (*NODE_BASE, "agentmem_node.config"),
-    "agentmem_node.observe": (*NODE_BASE, "agentmem_node.config"),
-    "agentmem_node.config": NODE_BASE,
+    "agentmem_node.providers": (*NODE_BASE, "agentmem_node.config", "agentmem_node.config_keys"),
+    "agentmem_node.security": (*NODE_BASE, "agentmem_node.config", "agentmem_node.config_keys"),
+    "agentmem_node.observe": (*NODE_BASE, "agentmem_node.config", "agentmem_node.config_keys"),
+    "agentmem_node.config": (*NODE_BASE, "agentmem_node.config_keys"),
+    "agentmem_node.config_keys": NODE_BASE,
     "agentmem_node.api": (
         *NODE_BASE,
         "agentmem_node.service",
@@ -42,12 +43,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "agentmem_node.config",
     ),
     "agentmem_node.service": ("agentmem_cluster", "agentmem_node"),
+    "agentmem_node.run": ("agentmem_cluster", "agentmem_node"),
     "agentmem_node.cli": ("agentmem_cluster", "agentmem_client", "agentmem_node"),
     "agentmem_node.console": ("agentmem_cluster", "agentmem_client", "agentmem_node"),
     "agentmem_node": (),
     "agentmem_chaos": ("agentmem_cluster", "agentmem_client", "agentmem_node"),
 }
-NEVER = {"agentmem_node.service": ("agentmem_node.cli", "agentmem_node.console")}
+NEVER = {
+    "agentmem_node.service": (
+        "agentmem_node.api",
+        "agentmem_node.cli",
+        "agentmem_node.console",
+        "agentmem_node.run",
+    )
+}
 # Nobody may import these packages: they stand on top.
 TOPS = ("agentmem_chaos", "benchmarks", "tests")
 # The same code runs under the simulator, so time, chance and disk are injected.

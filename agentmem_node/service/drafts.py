@@ -212,7 +212,7 @@ def check_metadata(metadata: dict[str, Any], limits: Limits) -> None:
     if not metadata:
         return
     # Breadth first and bounded: deep input must not reach Python's recursion limit.
-    level: list[Any] = [metadata]
+    level: list[dict[str, Any] | list[Any]] = [metadata]
     depth = 0
     while level:
         depth += 1
@@ -222,12 +222,19 @@ def check_metadata(metadata: dict[str, Any], limits: Limits) -> None:
                 "(limits.metadata_depth_max).",
                 field="metadata",
             )
-        level = [
+        children = [
             child
             for parent in level
             for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, dict | list)
         ]
+        # JSON has no bound on numbers, but comparing and storing them does.
+        if any(isinstance(child, int) and not -(2**63) <= child < 2**63 for child in children):
+            raise InvalidField(
+                "`metadata` holds a whole number beyond 64 bits.",
+                hint="Send it as text.",
+                field="metadata",
+            )
+        level = [child for child in children if isinstance(child, dict | list)]
     size = len(msgspec.json.encode(metadata))
     if size > limits.metadata_bytes_max:
         raise TooLarge(

@@ -11,11 +11,11 @@ import socket
 import sys
 from collections.abc import Callable
 
-from aiohttp import web
-
 from agentmem_cluster.errors import AgentMemError
-from agentmem_node.api.server import make_runner
+from agentmem_node.api.server import HttpServer
 from agentmem_node.config import Config, ConfigError, check_startup, split_address
+from agentmem_node.observe.logs import set_up_logging
+from agentmem_node.observe.metrics import Metrics
 from agentmem_node.service.datadir import DataDirError
 from agentmem_node.service.membership import WrongModel
 from agentmem_node.service.node import Node
@@ -43,6 +43,7 @@ def serve(config: Config, *, announce: Callable[[str], None]) -> int:
     except ConfigError as error:
         announce(f"error: {error}")
         return EXIT_CONFIG
+    set_up_logging(config.node.log_level, config.node.log_format)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     import uvloop
 
@@ -69,40 +70,31 @@ async def _serve(config: Config, announce: Callable[[str], None]) -> int:
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_number, stop.set)
     # Before anything else: a port in use must be said at once, not after a minute of recovery.
-    listener = _listen(config.node.listen)
+    _check_port(config.node.listen)
     node = Node(config, on_fatal=fatal)
-    runner: web.AppRunner | None = None
+    server = HttpServer(
+        node, config, metrics=Metrics(node.metrics_snapshot), clock=node.clock.monotonic
+    )
     try:
-        start = asyncio.create_task(node.start())
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({start, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not start.done():
-            start.cancel()
-            await asyncio.gather(start, return_exceptions=True)
+        starting = asyncio.create_task(_start(node, server, config, announce))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await stopping
         else:
-            await start
-            runner = await make_runner(node, config)
-            await web.SockSite(runner, listener, backlog=1024).start()
-            host, port = listener.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            announce(f"AgentMem node {config.node.id} is ready at http://{shown}:{port}")
-            # What was made while starting lives as long as the process: keep it out of every
-            # later collection, whose pauses would otherwise grow with it.
-            gc.collect()
-            gc.freeze()
-            await stopped
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
         if not failure:
             announce("stopping")
     finally:
         # A second Ctrl-C ends the process at once.
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, os._exit, 128 + signal_number)
-        node.begin_stop()
-        if runner is not None:
-            await runner.shutdown()
-            await runner.cleanup()
-        else:
-            listener.close()
+        server.begin_shutdown()
+        # Leaderships move while the last requests are still answered.
+        await node.hand_over()
+        await server.stop(grace_s=_DRAIN_S)
         await node.stop(clean=not failure)
     if failure:
         announce(f"error: the node stopped: {failure[0]}")
@@ -110,17 +102,28 @@ async def _serve(config: Config, announce: Callable[[str], None]) -> int:
     return EXIT_OK
 
 
-def _listen(address: str) -> socket.socket:
+async def _start(
+    node: Node, server: HttpServer, config: Config, announce: Callable[[str], None]
+) -> None:
+    await node.start()
+    address = await server.start()
+    announce(f"AgentMem node {config.node.id} is ready at http://{address}")
+    # What was made while starting lives as long as the process: keep it out of every later
+    # collection, whose pauses would otherwise grow with it.
+    gc.collect()
+    gc.freeze()
+
+
+def _check_port(address: str) -> None:
+    """Raises ConfigError when another process listens there."""
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"Cannot listen on {address}: {os.strerror(error.errno or 0)}. Stop what uses the "
-            "port, or choose another with --listen HOST:PORT."
-        ) from error
-    return listener
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot listen on {address}: {os.strerror(error.errno or 0)}. Stop what uses "
+                "the port, or choose another with --listen HOST:PORT."
+            ) from error
