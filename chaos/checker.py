@@ -26,6 +26,7 @@ class Kind(Enum):
     READ = "read"
     WRITE = "write"
     CAS = "cas"
+    ADD = "add"
 
 
 class Verdict(Enum):
@@ -39,7 +40,8 @@ class Operation:
     """One client operation on one register.
 
     `returned_s` is `UNKNOWN_RETURN` when no answer came: it may take effect at any time after
-    `invoked_s`, or never. `result` is the value of a read, and whether a cas took effect.
+    `invoked_s`, or never. `result` is the value of a read, whether a cas took effect, and the
+    sum after an add (`None` counts as zero).
     """
 
     client: int
@@ -47,7 +49,7 @@ class Operation:
     invoked_s: float
     returned_s: float
     kind: Kind
-    value: Hashable = None  # what a write or a cas stores
+    value: Hashable = None  # what a write or a cas stores, or an add adds
     expected: Hashable = None  # what a cas compares with
     result: Hashable = None
 
@@ -122,8 +124,11 @@ def _needed(operations: list[Operation]) -> list[Operation]:
 
     An unanswered read says nothing. An unanswered write or cas of a value that nobody read and
     no cas expected can be taken out of any linearization, unless a cas failed after it was
-    invoked: that cas may have failed *because of* it.
+    invoked: that cas may have failed *because of* it. Adds pass every value on, so nothing is
+    dropped from a history that has any.
     """
+    if any(op.kind is Kind.ADD for op in operations):
+        return [op for op in operations if op.answered or op.kind is not Kind.READ]
     observed: set[Hashable] = set()
     last_failed_cas_s = -math.inf
     for op in operations:
@@ -261,6 +266,9 @@ def _step(op: Operation, state: Hashable) -> tuple[bool, Hashable]:
         return op.result == state, state
     if op.kind is Kind.WRITE:
         return True, op.value
+    if op.kind is Kind.ADD:
+        total = (state or 0) + op.value  # type: ignore[operator]
+        return not op.answered or op.result == total, total
     matches = state == op.expected
     if op.answered and bool(op.result) != matches:
         return False, state

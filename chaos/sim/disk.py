@@ -247,6 +247,18 @@ class SimDisk:
         self._durable_names = dict(self._names)
         self._dirs = set(self._durable_dirs)
 
+    def platter(self) -> SimDisk:
+        """A disk that holds what is durable now and nothing else: the worst a power loss leaves."""
+        copy = SimDisk(self._chance)
+        copy._durable_dirs = set(self._durable_dirs)
+        for path, content in self._durable_names.items():
+            if _parent(path) in self._durable_dirs:
+                durable = bytearray(content.durable)
+                copy._durable_names[path] = _Content(bytearray(durable), durable)
+        copy._names = dict(copy._durable_names)
+        copy._dirs = set(copy._durable_dirs)
+        return copy
+
     def _write_back(self, content: _Content, in_order: bool, reached: float) -> None:
         chance = self._chance
         if in_order:

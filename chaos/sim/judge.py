@@ -13,14 +13,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from agentmem_cluster.raft.api import Applied, Entry, GroupSpec
 
-from agentmem_chaos.checker import UNKNOWN_RETURN, Operation, Verdict, check
+from agentmem_chaos.checker import UNKNOWN_RETURN, Kind, Operation, Verdict, check
 from agentmem_chaos.sim.clients import Call, Fate
 from agentmem_chaos.sim.machine import Command, Effect
+from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
 
 FOUND_MAX = 20
@@ -45,11 +45,9 @@ class _AppliedEntry:
 
 
 class Judge:
-    def __init__(
-        self, groups: tuple[GroupSpec, ...], story: Story, now: Callable[[], float]
-    ) -> None:
+    def __init__(self, story: Story, schedule: Schedule) -> None:
         self._story = story
-        self._now = now
+        self._schedule = schedule
         self.violations: list[Violation] = []
         self.acknowledged = 0
         self.checker_steps = 0
@@ -57,13 +55,14 @@ class Judge:
         self._next_index: dict[tuple[str, str], int] = {}
         self._effect_at: dict[tuple[str, str], int] = {}
         self._leader_of: dict[tuple[str, int], str] = {}
-        self.highest_index = {group.id: 0 for group in groups}
+        self.elections = 0
 
     def accuse(self, rule: str, what: str) -> None:
         if len(self.violations) < FOUND_MAX:
-            violation = Violation(rule, self._now(), what)
+            violation = Violation(rule, self._schedule.now_s, what)
             self.violations.append(violation)
             self._story.tell(violation.at_s, "", f"VIOLATION of {rule}: {what}")
+        self._schedule.stop()
 
     # -- while the world runs --
 
@@ -75,7 +74,6 @@ class Judge:
         if entry.index != expected:
             self.accuse("gapless apply", f"{node} applied {group}/{entry.index}, not {expected}")
         self._next_index[node, group] = entry.index + 1
-        self.highest_index[group] = max(self.highest_index[group], entry.index)
         here = _AppliedEntry(entry.term, entry.command, digest, node)
         first = self._applied.setdefault((group, entry.index), here)
         if first is not here:
@@ -100,7 +98,10 @@ class Judge:
                 )
 
     def leads(self, node: str, group: str, term: int) -> None:
-        other = self._leader_of.setdefault((group, term), node)
+        other = self._leader_of.get((group, term))
+        if other is None:
+            self.elections += 1
+            other = self._leader_of[group, term] = node
         if other != node:
             self.accuse("election safety", f"{other} and {node} lead {group} in term {term}")
 
@@ -127,7 +128,10 @@ class Judge:
     # -- at the end --
 
     def history(
-        self, calls: list[Call], ledgers: dict[str, dict[str, tuple[bool, int | None]]], end_s: float
+        self,
+        calls: list[Call],
+        ledgers: dict[str, dict[str, tuple[bool, int | None]]],
+        end_s: float,
     ) -> list[Operation]:
         """The calls as operations, with unknown outcomes settled by the converged ledgers.
 
@@ -137,22 +141,20 @@ class Judge:
         operations = []
         for call in calls:
             key = f"{call.group}/{call.key}"
-            if call.kind is None:
-                if call.fate is Fate.ANSWERED:
-                    operations.append(call.as_operation(key, call.returned_s, call.result))
+            answered = call.fate is Fate.ANSWERED
+            if answered:
+                operations.append(call.as_operation(key, call.returned_s, call.ok, call.result))
+            if call.kind is Kind.READ:
                 continue
             kept = ledgers[call.group].get(call.request)
-            if call.fate is Fate.ANSWERED:
-                if kept is None:
-                    self.accuse("acknowledged writes survive", f"{call} is in no ledger")
-                elif kept != (call.ok, call.result):
-                    self.accuse("honest answers", f"{call} but the ledger says {kept}")
-                operations.append(call.as_operation(key, call.returned_s, call.result))
-            elif kept is not None:
+            if answered and kept is None:
+                self.accuse("acknowledged writes survive", f"{call} is in no ledger")
+            elif answered and kept != (call.ok, call.result):
+                self.accuse("honest answers", f"{call}, but the ledger says {kept}")
+            elif not answered and kept is not None:
                 if call.fate is Fate.REFUSED:
                     self.accuse("refused means not done", f"{call} took effect: {kept}")
-                call.ok = kept[0]
-                operations.append(call.as_operation(key, end_s, kept[1]))
+                operations.append(call.as_operation(key, end_s, *kept))
         return operations
 
     def linearizable(self, operations: list[Operation]) -> None:

@@ -87,7 +87,9 @@ class WorldPlan:
         return self.seconds - max(CALM_S_MIN, self.seconds * CALM_SHARE)
 
     @classmethod
-    def draw(cls, seed: int, *, nodes: int | None = None, seconds: float | None = None) -> WorldPlan:
+    def draw(
+        cls, seed: int, *, nodes: int | None = None, seconds: float | None = None
+    ) -> WorldPlan:
         seconds = SECONDS_DEFAULT if seconds is None else seconds
         if seconds < CALM_S_MIN + 1.0:
             raise ValueError(f"a world needs at least {CALM_S_MIN + 1.0:.0f} virtual seconds")
@@ -113,7 +115,7 @@ class WorldPlan:
             boot_s=(0.02, chance.choice([0.2, 1.0])),
             clients=chance.randint(2, 6),
             keys_per_group=chance.randint(1, 5),
-            think_s=chance.choice([(0.0, 0.02), (0.01, 0.1), (0.05, 0.3)]),
+            think_s=chance.choice([(0.0, 0.1), (0.05, 0.3), (0.1, 0.6)]),
             padding_bytes_max=chance.choice([0, 0, 100, 2_000]),
             segment_bytes=chance.choice([16 << 10, 64 << 10, 1 << 20]),
             checkpoint_every_entries=chance.choice([20, 100, 1_000]),
@@ -125,7 +127,9 @@ def _groups(chance: random.Random, nodes: tuple[str, ...]) -> tuple[GroupSpec, .
     """The first group has every node; others three of them, as shards of a larger cluster do."""
     groups = [GroupSpec("meta", 1, nodes)]
     for number in range(chance.choice([0, 0, 1, 2])):
-        groups.append(GroupSpec(f"s{number:02}", 1, tuple(sorted(chance.sample(nodes, min(3, len(nodes)))))))
+        groups.append(
+            GroupSpec(f"s{number:02}", 1, tuple(sorted(chance.sample(nodes, min(3, len(nodes))))))
+        )
     return tuple(groups)
 
 

@@ -1,0 +1,391 @@
+"""One simulated machine: the real core and journal, and a process that can die, stop or stall.
+
+This is what `agentmem_cluster.raft.host` is on a real machine, over virtual time: a turn runs the
+core, a flush takes as long as the disk takes, and what the core releases goes to the network.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from agentmem_cluster.errors import AgentMemError, Unavailable
+from agentmem_cluster.journal.journal import Journal
+from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, Role
+from agentmem_cluster.raft.core import NodeCore, RaftSettings, Ready
+
+from agentmem_chaos.sim.disk import SimDisk
+from agentmem_chaos.sim.judge import Judge
+from agentmem_chaos.sim.machine import Command, Effect, MachineStore, Observer, RegisterMachine
+from agentmem_chaos.sim.net import SimNet
+from agentmem_chaos.sim.plan import WorldPlan
+from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
+from agentmem_chaos.sim.story import Story
+
+JOURNAL_PATH = "journal"
+HANDOFF_S = 0.0002  # from the sync thread back to the loop
+RESTART_S = (0.2, 3.0)
+
+
+def open_journal(disk: SimDisk, plan: WorldPlan) -> Journal:
+    return Journal.open(disk, JOURNAL_PATH, segment_bytes=plan.segment_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a world is made of; the harness's own tests plant bugs here."""
+
+    open_journal: Callable[[SimDisk, WorldPlan], Journal] = open_journal
+    make_core: Callable[..., NodeCore] = NodeCore
+    make_machine: Callable[[MachineStore, Observer], RegisterMachine] = RegisterMachine
+    syncs_before_it_speaks: bool = True
+    confirms_reads: bool = True
+
+
+class SimNode:
+    def __init__(
+        self,
+        name: str,
+        plan: WorldPlan,
+        parts: Parts,
+        schedule: Schedule,
+        net: SimNet,
+        judge: Judge,
+        story: Story,
+        on_answer: Callable[[GroupSpec, Applied], None],
+    ) -> None:
+        self.name = name
+        self.plan = plan
+        self.groups = {spec.id: spec for spec in plan.groups if name in spec.members}
+        self.disk = SimDisk(stream(plan.seed, f"disk/{name}"))
+        self.clock = SimClock(schedule)
+        self.stores = {group: MachineStore() for group in self.groups}
+        self.core: NodeCore | None = None
+        self.journal: Journal | None = None
+        self.machines: dict[str, RegisterMachine] = {}
+        self.paused = False
+        self.slowness = 1.0
+        self.boot_number = 0
+        self.fsync_failed = False  # since this boot: the process may stop itself
+        self._parts = parts
+        self._schedule = schedule
+        self._net = net
+        self._judge = judge
+        self._story = story
+        self._on_answer = on_answer
+        self._chance = stream(plan.seed, f"node/{name}")
+        self._held: list[Callable[[], None]] = []
+        self._turn_planned = False
+        self._timer = 0
+        self._flushing = False
+        self._shown: dict[str, tuple[Role, int]] = {}
+
+    # -- life and death --
+
+    @property
+    def alive(self) -> bool:
+        return self.core is not None
+
+    def boot(self) -> None:
+        if self.alive:
+            return
+        self.boot_number += 1
+        try:
+            journal = self._parts.open_journal(self.disk, self.plan)
+            core = self._parts.make_core(
+                self.name,
+                journal,
+                self.clock,
+                SimRng(stream(self.plan.seed, f"core/{self.name}/{self.boot_number}")),
+                settings(self.plan),
+                session_of_boot=self._chance.randbytes(16),
+            )
+            for spec in self.groups.values():
+                self._found(core, spec)
+        except OSError as error:
+            self.tell(f"cannot start: {error}")
+            self.boot_later()
+            return
+        except Exception:
+            self._judge.accuse("recovery", f"{self.name} cannot start:\n{traceback.format_exc()}")
+            return
+        self.core, self.journal = core, journal
+        applied = {group: machine.applied_index for group, machine in self.machines.items()}
+        self.tell(f"started (boot {self.boot_number}), applied {applied}")
+        self._net.join(self.name)
+        self._plan_turn()
+
+    def _found(self, core: NodeCore, spec: GroupSpec) -> None:
+        def observe(entry: Entry, effect: Effect, digest: bytes) -> None:
+            self._judge.applied(self.name, spec.id, entry, effect, digest)
+
+        machine = self._parts.make_machine(self.stores[spec.id], observe)
+        self.machines[spec.id] = machine
+        self._judge.booted(self.name, spec.id, machine.applied_index)
+        core.add_group(spec, machine)
+
+    def boot_later(self, delay_s: float | None = None) -> None:
+        delay_s = self._chance.uniform(*RESTART_S) if delay_s is None else delay_s
+        self._schedule.after(delay_s + self._chance.uniform(*self.plan.boot_s), self.boot)
+
+    def kill(self, why: str) -> None:
+        """SIGKILL: the page cache survives, LMDB's mapped pages may or may not have been there."""
+        if self._die(why, silent=False):
+            self.disk.kill()
+            keeps_cached = self._chance.random() < 0.8
+            for store in self.stores.values():
+                store.kill(keeps_cached=keeps_cached)
+
+    def lose_power(self, why: str) -> None:
+        self._die(why, silent=True)
+        self.disk.power_loss()
+        for store in self.stores.values():
+            store.power_loss()
+
+    def _die(self, why: str, *, silent: bool) -> bool:
+        if not self.alive:
+            return False
+        self.tell(why)
+        self.core = self.journal = None
+        self.machines.clear()
+        self.boot_number += 1
+        self.paused = self._turn_planned = self._flushing = self.fsync_failed = False
+        self._held.clear()
+        self._shown.clear()
+        self._net.leave(self.name, silent=silent)
+        return True
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+        held, self._held = self._held, []
+        for action in held:
+            if self.alive:
+                action()
+        self._net.join(self.name)
+
+    def tell(self, what: str) -> None:
+        self._story.tell(self._schedule.now_s, self.name, what)
+
+    # -- the process --
+
+    def _later(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Run `action` in this process: never after its death, and only once it is not paused."""
+        boot = self.boot_number
+        self._schedule.after(delay_s, lambda: self._in_process(boot, action))
+
+    def _in_process(self, boot: int, action: Callable[[], None]) -> None:
+        if not self.alive or boot != self.boot_number:
+            return
+        if self.paused:
+            self._held.append(action)
+        else:
+            action()
+
+    def _plan_turn(self) -> None:
+        if not self._turn_planned:
+            self._turn_planned = True
+            self._later(self._chance.uniform(*self.plan.loop_s), self._turn)
+
+    def _turn(self) -> None:
+        self._turn_planned = False
+        ready = self._run(lambda core: core.tick())
+        if ready is not None:
+            self._flush(ready)
+        self._drain()
+        self._watch_leaders()
+        self._set_timer()
+
+    def _flush(self, ready: Ready) -> None:
+        if ready.job is None:
+            self._synced(ready, None)
+            return
+        if self._flushing:
+            self._judge.accuse("one flush at a time", f"{self.name} began a second one")
+        self._flushing = True
+        sync_s = self._chance.uniform(*self.plan.sync_s) * self.slowness
+        if not self._parts.syncs_before_it_speaks:
+            self._synced(ready, None)
+            self._schedule.after(sync_s, lambda boot=self.boot_number: self._late(boot, ready))  # type: ignore[misc]
+            return
+        # The sync is the kernel's: it ends on time even when the process is paused meanwhile.
+        boot = self.boot_number
+        self._schedule.after(sync_s, lambda: self._sync_ended(boot, ready))
+
+    def _late(self, boot: int, ready: Ready) -> None:
+        if self.alive and boot == self.boot_number and ready.job is not None:
+            ready.job.run()
+
+    def _sync_ended(self, boot: int, ready: Ready) -> None:
+        if not self.alive or boot != self.boot_number or ready.job is None:
+            return
+        failure: OSError | None = None
+        try:
+            ready.job.run()
+        except OSError as error:
+            self.fsync_failed = True
+            failure = error
+        self._later(HANDOFF_S, lambda: self._synced(ready, failure))
+
+    def _synced(self, ready: Ready, failure: OSError | None) -> None:
+        self._flushing = False
+        if failure is None:
+            self._run(lambda core: core.synced(ready))
+        else:
+            self._run(lambda core: core.sync_failed(ready, failure))
+        self._drain()
+        self._plan_turn()
+
+    def _drain(self) -> None:
+        """Send what may leave, and start the checkpoints that are due."""
+        for peer, frames in self._run(lambda core: core.take_outbox()) or ():
+            self._net.send(self.name, peer, frames)
+        for checkpoint in self._run(lambda core: core.take_checkpoints()) or ():
+            delay_s = self._chance.uniform(*self.plan.sync_s) * self.slowness * 3
+            self._later(delay_s, lambda c=checkpoint: self._checkpoint(c))  # type: ignore[misc]
+
+    def _checkpoint(self, checkpoint: Any) -> None:
+        checkpoint.job.run()
+        self._run(lambda core: core.checkpointed(checkpoint))
+        self._plan_turn()
+
+    def _set_timer(self) -> None:
+        if self.core is None:
+            return
+        self._timer += 1
+        mine, delay_s = self._timer, self.clock.virtual_s_until(self.core.next_wakeup())
+        # Never quite now: a core that asks for the same instant for ever would stop time.
+        self._later(max(delay_s, 1e-4), lambda: self._plan_turn() if mine == self._timer else None)
+
+    def _run(self, step: Callable[[NodeCore], Any]) -> Any:
+        """Run a step of the core; an exception that escapes it is a violation by itself."""
+        if self.core is None:
+            return None
+        try:
+            result = step(self.core)
+        except Exception:
+            self._judge.accuse("no exceptions", f"{self.name}:\n{traceback.format_exc()}")
+            return None
+        if self.core.fatal is not None:
+            fatal = self.core.fatal
+            if not self.fsync_failed:
+                trace = "".join(traceback.format_exception(fatal))
+                self._judge.accuse("no stop without cause", f"{self.name} stopped itself:\n{trace}")
+            self.kill(f"stopped itself: {fatal!r}")
+            self.boot_later()
+            return None
+        return result
+
+    def _watch_leaders(self) -> None:
+        if self.core is None:
+            return
+        for group in self.groups:
+            status = self.core.status(group)
+            shown = (status.role, status.term)
+            if self._shown.get(group) != shown:
+                self._shown[group] = shown
+                if status.role is Role.LEADER:
+                    self._judge.leads(self.name, group, status.term)
+                self.tell(f"is {status.role.value} of {group} in term {status.term}")
+
+    # -- what the network calls --
+
+    def arrive(self, peer: str, frames: list[Any]) -> None:
+        def receive() -> None:
+            self._run(lambda core: core.receive(peer, frames))
+            self._plan_turn()
+
+        self._in_process(self.boot_number, receive)
+
+    def connected(self, peer: str, session: int) -> None:
+        def up() -> None:
+            self._run(lambda core: core.peer_up(peer, session))
+            self._plan_turn()
+
+        self._in_process(self.boot_number, up)
+
+    def disconnected(self, peer: str) -> None:
+        def down() -> None:
+            self._run(lambda core: core.peer_down(peer))
+            self._plan_turn()
+
+        self._in_process(self.boot_number, down)
+
+    # -- what clients call --
+
+    def propose(
+        self, group: str, command: Command, answer: Callable[[Applied | AgentMemError, bool], None]
+    ) -> None:
+        if not self.alive:
+            answer(Unavailable("connection refused"), True)
+            return
+
+        def run() -> None:
+            at_once = True
+
+            def done(outcome: Applied | AgentMemError) -> None:
+                if isinstance(outcome, Applied):
+                    self._judge.acknowledged_write(self.name, group, command, outcome)
+                    self._on_answer(self.groups[group], outcome)
+                answer(outcome, at_once)
+
+            self._run(lambda core: core.propose(group, command.encode(), done))
+            at_once = False
+            self._plan_turn()
+
+        self._in_process(self.boot_number, run)
+
+    def read(
+        self, group: str, key: str, answer: Callable[[int | None | AgentMemError], None]
+    ) -> None:
+        if not self.alive:
+            answer(Unavailable("connection refused"))
+            return
+
+        def run() -> None:
+            machine = self.machines[group]
+            if not self._parts.confirms_reads:
+                answer(machine.read(key))
+                return
+
+            def done(outcome: int | AgentMemError) -> None:
+                if isinstance(outcome, AgentMemError):
+                    answer(outcome)
+                    return
+                if machine.applied_index < outcome:
+                    self._judge.accuse(
+                        "reads wait", f"{self.name} {group}: {machine.applied_index} < {outcome}"
+                    )
+                answer(machine.read(key))
+
+            self._run(lambda core: core.read_index(group, done))
+            self._plan_turn()
+
+        self._in_process(self.boot_number, run)
+
+    def transfer(self, group: str) -> None:
+        self._run(lambda core: core.transfer(group))
+        self._plan_turn()
+
+    # -- what the judge asks --
+
+    def holds_on_platter(self, spec: GroupSpec, answer: Applied) -> bool:
+        """Would this machine still have the entry after a power loss at this very moment?"""
+        if self.stores[spec.id].durable.applied_index >= answer.index:
+            return True
+        try:
+            journal = self._parts.open_journal(self.disk.platter(), self.plan)
+        except Exception:
+            self._judge.accuse("recovery", f"{self.name}'s platter:\n{traceback.format_exc()}")
+            return True
+        log = journal.group(spec.id, spec.epoch)
+        within = log.first_index <= answer.index <= log.last_index
+        return within and log.term_at(answer.index) == answer.term
+
+
+def settings(plan: WorldPlan) -> RaftSettings:
+    return RaftSettings()

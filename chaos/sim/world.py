@@ -1,0 +1,242 @@
+"""One world from a seed to a verdict: first anything may break, then everything must converge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from agentmem_cluster.raft.api import Applied, GroupSpec
+
+from agentmem_chaos.checker import Kind
+from agentmem_chaos.sim.clients import Call, Fate, SimClient
+from agentmem_chaos.sim.judge import Judge
+from agentmem_chaos.sim.nemesis import Nemesis
+from agentmem_chaos.sim.net import SimNet
+from agentmem_chaos.sim.node import Parts, SimNode
+from agentmem_chaos.sim.plan import WorldPlan
+from agentmem_chaos.sim.schedule import Schedule, stream
+from agentmem_chaos.sim.story import Line, Story
+
+# Of the second phase: when a write must have succeeded, and when clients stop.
+WRITE_WITHIN_S = 9.0
+QUIET_S = 5.0
+# Platters are audited on a sample of acknowledgements: recovery of every journal is not free.
+AUDIT_EVERY_S = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorldResult:
+    seed: int
+    nodes: int
+    groups: int
+    seconds: float
+    violations: list[str]
+    calls: int
+    acknowledged: int
+    answered_reads: int
+    faults: int
+    elections: int
+    events: int
+    bursts: int
+    checker_steps: int
+    trace_hash: str
+    lines: list[Line] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.violations
+
+
+class World:
+    def __init__(self, plan: WorldPlan, *, parts: Parts | None = None, story: bool = False) -> None:
+        self.plan = plan
+        self.schedule = Schedule()
+        self.story = Story(keep=story)
+        self.judge = Judge(self.story, self.schedule)
+        self.nodes: dict[str, SimNode] = {}
+        self.net = SimNet(
+            self.schedule,
+            plan.seed,
+            plan.net,
+            lambda name: self.nodes[name].boot_number,
+            self.story.trace,
+        )
+        for name in plan.nodes:
+            self.nodes[name] = SimNode(
+                name,
+                plan,
+                parts or Parts(),
+                self.schedule,
+                self.net,
+                self.judge,
+                self.story,
+                self._audit,
+            )
+        for name, node in self.nodes.items():
+            self.net.attach(name, node)
+        self.nemesis = Nemesis(plan, self.nodes, self.net, self.schedule, self.story)
+        self.calls: list[Call] = []
+        self.clients = [self._client(number) for number in range(plan.clients)]
+        self._next_audit_s = 0.0
+
+    def _client(self, number: int) -> SimClient:
+        return SimClient(
+            number,
+            dict(self.nodes),
+            self.plan,
+            self.schedule,
+            stream(self.plan.seed, f"client/{number}"),
+            self.story,
+            self.calls,
+        )
+
+    def run(self) -> WorldResult:
+        """Play both phases; a violation ends the world where it is found."""
+        self._tell_plan()
+        for node in self.nodes.values():
+            node.boot_later(0.0)
+        for client in self.clients:
+            client.start()
+        self.nemesis.start()
+        if self._play(self.plan.calm_at_s):
+            self._calm()
+        return self._result()
+
+    def _play(self, until_s: float) -> bool:
+        """Whether the world is still without a violation at `until_s`."""
+        self.schedule.run_until(until_s)
+        return not self.judge.violations
+
+    def _calm(self) -> None:
+        plan = self.plan
+        self.nemesis.heal()
+        healed_s = self.schedule.now_s
+        if not self._play(healed_s + WRITE_WITHIN_S):
+            return
+        for group in plan.groups:
+            if not self._written_since(group, healed_s) and not self._probe(group):
+                self.judge.accuse(
+                    "liveness",
+                    f"no write to {group.id} succeeded within {WRITE_WITHIN_S} s of healing\n"
+                    + self._statuses(),
+                )
+                return
+        if not self._play(plan.seconds - QUIET_S):
+            return
+        for client in self.clients:
+            client.stopped = True
+        if not self._play(plan.seconds):
+            return
+        self._converged()
+        if not self.judge.violations:
+            ledgers = {
+                group.id: self.nodes[group.members[0]].machines[group.id].ledger()
+                for group in plan.groups
+            }
+            operations = self.judge.history(self.calls, ledgers, self.schedule.now_s)
+            self.judge.linearizable(operations)
+
+    def _written_since(self, group: GroupSpec, since_s: float) -> bool:
+        return any(
+            call.group == group.id
+            and call.kind is not Kind.READ
+            and call.fate is Fate.ANSWERED
+            and call.returned_s >= since_s
+            for call in reversed(self.calls)
+        )
+
+    def _probe(self, group: GroupSpec) -> bool:
+        """Clients may have been elsewhere: one write of our own decides."""
+        call = self.clients[0].call(group, Kind.WRITE)
+        return self._play(self.schedule.now_s + 2.0) and call.fate is Fate.ANSWERED
+
+    def _converged(self) -> None:
+        """Everybody is up, idle, at the same index with the same digest, and reads answer."""
+        for client in self.clients:
+            if not client.idle:
+                self.judge.accuse(
+                    "liveness", f"client {client.number} still waits\n{self._statuses()}"
+                )
+                return
+        for group in self.plan.groups:
+            ends = {}
+            for name in group.members:
+                node = self.nodes[name]
+                if not node.alive:
+                    self.judge.accuse("liveness", f"{name} is down at the end")
+                    return
+                machine = node.machines[group.id]
+                ends[name] = (machine.applied_index, machine.digest())
+            if len(set(ends.values())) != 1:
+                self.judge.accuse("liveness", f"{group.id} did not meet\n{self._statuses()}")
+                return
+        self._final_reads()
+
+    def _final_reads(self) -> None:
+        """A linearizable read on every replica of every group answers within a second."""
+        missing = {(g.id, name) for g in self.plan.groups for name in g.members}
+
+        def answer(where: tuple[str, str], outcome: object) -> None:
+            if not isinstance(outcome, Exception):
+                missing.discard(where)
+
+        for group_id, name in sorted(missing):
+            self.nodes[name].read(
+                group_id,
+                "k0",
+                lambda outcome, where=(group_id, name): answer(where, outcome),  # type: ignore[misc]
+            )
+        if self._play(self.schedule.now_s + 1.0) and missing:
+            self.judge.accuse(
+                "liveness", f"no linearizable read on {sorted(missing)}\n{self._statuses()}"
+            )
+
+    def _audit(self, group: GroupSpec, answer: Applied) -> None:
+        if self.schedule.now_s < self._next_audit_s:
+            return
+        self._next_audit_s = self.schedule.now_s + AUDIT_EVERY_S
+        holders = [n for n in group.members if self.nodes[n].holds_on_platter(group, answer)]
+        self.judge.on_platters(group, answer, holders)
+
+    def _statuses(self) -> str:
+        lines = []
+        for node in self.nodes.values():
+            if node.core is None:
+                lines.append(f"  {node.name} is down")
+                continue
+            for group in node.groups:
+                s = node.core.status(group)
+                lines.append(
+                    f"  {node.name} {group}: {s.role.value} term {s.term} leader {s.leader} "
+                    f"log {s.first_index}..{s.last_index} durable {s.durable_index} "
+                    f"commit {s.commit_index} applied {s.applied_index} match {s.match_index} "
+                    f"queued {s.queued}"
+                )
+        return "\n".join(lines)
+
+    def _tell_plan(self) -> None:
+        plan = self.plan
+        self.story.tell(0.0, "", f"world {plan.seed}: {len(plan.nodes)} nodes, {plan.seconds:g} s")
+        for group in plan.groups:
+            self.story.tell(0.0, "", f"group {group.id} on {', '.join(group.members)}")
+        for fault, every_s in plan.fault_every_s.items():
+            self.story.tell(0.0, "", f"{fault.value}: every {every_s:.1f} s or so")
+
+    def _result(self) -> WorldResult:
+        answered = [call for call in self.calls if call.fate is Fate.ANSWERED]
+        return WorldResult(
+            seed=self.plan.seed,
+            nodes=len(self.plan.nodes),
+            groups=len(self.plan.groups),
+            seconds=self.schedule.now_s,
+            violations=[str(violation) for violation in self.judge.violations],
+            calls=len(self.calls),
+            acknowledged=sum(call.kind is not Kind.READ for call in answered),
+            answered_reads=sum(call.kind is Kind.READ for call in answered),
+            faults=self.nemesis.faults,
+            elections=self.judge.elections,
+            events=self.schedule.events,
+            bursts=self.net.bursts,
+            checker_steps=self.judge.checker_steps,
+            trace_hash=self.story.trace_hash,
+            lines=self.story.lines,
+        )
