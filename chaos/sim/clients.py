@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ParamSpec, Protocol
 
-from agentmem_cluster.errors import AgentMemError, NotLeader
-from agentmem_cluster.raft.api import Applied, GroupSpec
-
 from agentmem_chaos.checker import Kind, Operation
 from agentmem_chaos.sim.machine import Command, Effect
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
+from agentmem_cluster.errors import AgentMemError, NotLeader
+from agentmem_cluster.raft.api import Applied, GroupSpec
 
 P = ParamSpec("P")
 
@@ -98,7 +97,7 @@ class Server(Protocol):
         ...
 
     def read(
-        self, group: str, key: str, answer: Callable[[int | None | AgentMemError], None]
+        self, group: str, key: str, answer: Callable[[int | AgentMemError | None], None]
     ) -> None: ...
 
 
@@ -219,7 +218,7 @@ class SimClient:
             self._leader[group.id] = node
             self._finish(call, Fate.ANSWERED, done)
 
-        def was_read(outcome: int | None | AgentMemError) -> None:
+        def was_read(outcome: int | AgentMemError | None) -> None:
             if call.fate is not Fate.PENDING:
                 return
             if isinstance(outcome, AgentMemError):

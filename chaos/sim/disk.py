@@ -186,7 +186,11 @@ class SimDisk:
         if path not in self._names:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         del self._names[path]
-        self._rename_later(path, lambda: self._durable_names.pop(path, None) and None)
+
+        def durably() -> None:
+            self._durable_names.pop(path, None)
+
+        self._rename_later(path, durably)
 
     def sync_dir(self, path: str) -> None:
         path = _clean(path)

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agentmem_cluster.raft.api import Applied, Entry, GroupSpec
-
 from agentmem_chaos.checker import UNKNOWN_RETURN, Kind, Operation, Verdict, check
 from agentmem_chaos.sim.clients import Call, Fate
 from agentmem_chaos.sim.machine import Command, Effect
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
+from agentmem_cluster.raft.api import Applied, Entry, GroupSpec
 
 FOUND_MAX = 20
+Ledger = dict[str, tuple[bool, int | None]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgpack
+
 from agentmem_cluster.raft.api import Entry
 
 

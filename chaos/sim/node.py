@@ -11,11 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from agentmem_cluster.errors import AgentMemError, Unavailable
-from agentmem_cluster.journal.journal import Journal
-from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, Role
-from agentmem_cluster.raft.core import NodeCore, RaftSettings, Ready
-
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.machine import Command, Effect, MachineStore, Observer, RegisterMachine
@@ -23,6 +18,10 @@ from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
 from agentmem_chaos.sim.story import Story
+from agentmem_cluster.errors import AgentMemError, Unavailable
+from agentmem_cluster.journal.journal import Journal
+from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, Role
+from agentmem_cluster.raft.core import NodeCore, RaftSettings, Ready
 
 JOURNAL_PATH = "journal"
 HANDOFF_S = 0.0002  # from the sync thread back to the loop
@@ -340,7 +339,7 @@ class SimNode:
         self._in_process(self.boot_number, run)
 
     def read(
-        self, group: str, key: str, answer: Callable[[int | None | AgentMemError], None]
+        self, group: str, key: str, answer: Callable[[int | AgentMemError | None], None]
     ) -> None:
         if not self.alive:
             answer(Unavailable("connection refused"))

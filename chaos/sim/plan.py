@@ -12,10 +12,9 @@ import random
 from dataclasses import dataclass
 from enum import Enum
 
-from agentmem_cluster.raft.api import GroupSpec
-
 from agentmem_chaos.sim.net import NetPlan
 from agentmem_chaos.sim.schedule import stream
+from agentmem_cluster.raft.api import GroupSpec
 
 SECONDS_DEFAULT = 60.0
 # The second phase: everything is healed and the cluster must converge. A minute's world gives a

@@ -21,7 +21,7 @@ class Schedule:
         self._sequence = 0
 
     def after(self, delay_s: float, action: Callable[[], None]) -> None:
-        """Run `action` in `delay_s` virtual seconds; equal times run in the order they were asked."""
+        """Run `action` in `delay_s` virtual seconds; equal times keep the order of asking."""
         self._sequence += 1
         heapq.heappush(self._heap, (self.now_s + max(0.0, delay_s), self._sequence, action))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from agentmem_cluster.raft.api import Applied, GroupSpec
-
 from agentmem_chaos.checker import Kind
 from agentmem_chaos.sim.clients import Call, Fate, SimClient
 from agentmem_chaos.sim.judge import Judge
@@ -15,6 +13,7 @@ from agentmem_chaos.sim.node import Parts, SimNode
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.schedule import Schedule, stream
 from agentmem_chaos.sim.story import Line, Story
+from agentmem_cluster.raft.api import Applied, GroupSpec
 
 # Of the second phase: when a write must have succeeded, and when clients stop.
 WRITE_WITHIN_S = 9.0
