@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from agentmem_cluster.errors import Unauthorized
-
 from agentmem_node.security.keys import DEFAULT_TENANT, hash_key
 
 _HOW = "Send `Authorization: Bearer <API key>`, `Authorization: Token <API key>` or `X-API-Key`."

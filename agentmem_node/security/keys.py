@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from agentmem_cluster.runtime import Rng
-
 from agentmem_node.config_keys import ApiKey, ConfigError
 
 PREFIX = "am_"

@@ -1,0 +1,71 @@
+"""Reading a request's body: bounded in bytes, in time, and together with all others."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp.web_request import BaseRequest
+
+from agentmem_cluster.errors import BadRequest, TooLarge
+from agentmem_node.api.admission import Admission
+from agentmem_node.model.limits import Limits
+
+
+class HeldBody:
+    """A body's bytes and their share of the node's bound; `release` gives that back."""
+
+    __slots__ = ("_admission", "_held")
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._held = 0
+
+    def release(self) -> None:
+        if self._held:
+            self._admission.release_bytes(self._held)
+            self._held = 0
+
+    def _take(self, size: int, limits: Limits) -> None:
+        if self._held + size > limits.body_bytes_max:
+            raise too_large(self._held + size, limits)
+        self._admission.hold_bytes(size)
+        self._held += size
+
+    async def read(self, request: BaseRequest, limits: Limits) -> bytes:
+        """The whole body. Raises TooLarge, Overloaded, or BadRequest when it is cut or late."""
+        content = request.content
+        if content.is_eof():  # it came with the headers: nearly always
+            body = content.read_nowait()
+            self._take(len(body), limits)
+            return body
+        announced = request.headers.get("Content-Length")
+        if announced is not None and int(announced) > limits.body_bytes_max:
+            raise too_large(int(announced), limits)
+        expect = request.headers.get("Expect")
+        if expect is not None:
+            if expect.lower() != "100-continue":
+                raise BadRequest(
+                    "The header Expect is not understood.", hint="Only 100-continue is."
+                )
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        pieces: list[bytes] = []
+        try:
+            async with asyncio.timeout(limits.body_read_ms_max / 1000):
+                while piece := await content.readany():
+                    self._take(len(piece), limits)
+                    pieces.append(piece)
+        except TimeoutError:
+            raise BadRequest(
+                f"The body did not arrive within {limits.body_read_ms_max} ms "
+                "(limits.body_read_ms_max).",
+                hint="Send it at once, or in smaller batches.",
+            ) from None
+        return b"".join(pieces)
+
+
+def too_large(size: int, limits: Limits) -> TooLarge:
+    return TooLarge(
+        f"The body has {size:,} bytes or more; the limit is {limits.body_bytes_max:,} "
+        "(limits.body_bytes_max).",
+        hint="Send fewer memories in one batch.",
+    )
