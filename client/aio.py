@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 import aiohttp
+
 from agentmem_client import batches, calls
 from agentmem_client.core import Done, Exchange, Fail, Failure, Instruction, Send
 from agentmem_client.errors import AgentMemError, ClientClosed, ProtocolError
@@ -286,6 +288,8 @@ async def _read(answer: aiohttp.ClientResponse, bytes_max: int) -> bytes:
 
 
 def _reason(error: BaseException) -> str:
+    """`Connection refused` rather than what layers of libraries made of it."""
     cause = getattr(error, "os_error", None) or error
-    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-    return str(text)
+    number = getattr(cause, "errno", None)
+    text = os.strerror(number) if isinstance(number, int) and number > 0 else str(cause)
+    return text or type(cause).__name__

@@ -365,4 +365,6 @@ class Exchange(Generic[T]):
 def _no_answer(url: str, why: Failure, text: str) -> AgentMemError:
     if why is Failure.TIMED_OUT:
         return DeadlineExceeded(f"{url} did not answer in time.")
-    return ConnectionFailed(f"{url}: {text}", details={"url": url, "failure": why.value})
+    return ConnectionFailed(
+        f"{url} cannot be reached: {text}.", details={"url": url, "failure": why.value}
+    )

@@ -20,7 +20,7 @@
     |   |   |-- DiskFull            503
     |   |   |-- ModelUnavailable    503
     |   |   `-- ShuttingDown        503
-    |   |-- DeadlineExceeded        the outcome of a write is unknown; the same key may be sent again
+    |   |-- DeadlineExceeded        a write may have happened: send it again under the same key
     |   `-- ConnectionFailed        no node could be reached
     |-- ServerError                 500: a bug of the server
     |-- ProtocolError               an answer that is not AgentMem's

@@ -25,7 +25,7 @@ class WriteOptions(TypedDict, total=False):
 
 
 class ReadOptions(TypedDict, total=False):
-    """`token`, of an earlier answer, with `consistency="session"`: read your own writes anywhere."""
+    """`consistency="session"` with the `token` of an answer: read your own writes anywhere."""
 
     consistency: Consistency
     token: str | None

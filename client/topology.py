@@ -27,7 +27,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """`starts` are the first slots of ranges, ascending; `shards_by_range` names each range's shard."""
+    """`starts`: first slots of ranges, ascending; `shards_by_range`: the shard of each."""
 
     version: int
     tenant: str
@@ -84,5 +84,6 @@ class Topology:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as wrong:
             raise ProtocolError(
-                f"GET /cluster did not answer with a shard map ({wrong!r}). Is the URL an AgentMem node's?"
+                f"GET /cluster did not answer with a shard map ({wrong!r}). "
+                "Is the URL an AgentMem node's?"
             ) from wrong
