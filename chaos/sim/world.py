@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from agentmem_chaos.checker import Kind
 from agentmem_chaos.sim.clients import Call, Fate, SimClient
 from agentmem_chaos.sim.judge import Judge
@@ -11,8 +9,9 @@ from agentmem_chaos.sim.nemesis import Nemesis
 from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.node import Parts, SimNode
 from agentmem_chaos.sim.plan import WorldPlan
+from agentmem_chaos.sim.result import WorldResult
 from agentmem_chaos.sim.schedule import Schedule, stream
-from agentmem_chaos.sim.story import Line, Story
+from agentmem_chaos.sim.story import Story
 from agentmem_cluster.raft.api import Applied, GroupSpec
 
 # Of the second phase: when a write must have succeeded, and when clients stop.
@@ -20,29 +19,6 @@ WRITE_WITHIN_S = 9.0
 QUIET_S = 5.0
 # Platters are audited on a sample of acknowledgements: recovery of every journal is not free.
 AUDIT_EVERY_S = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorldResult:
-    seed: int
-    nodes: int
-    groups: int
-    seconds: float
-    violations: list[str]
-    calls: int
-    acknowledged: int
-    answered_reads: int
-    faults: int
-    elections: int
-    events: int
-    bursts: int
-    checker_steps: int
-    trace_hash: str
-    lines: list[Line] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return not self.violations
 
 
 class World:
@@ -230,7 +206,7 @@ class World:
             violations=[str(violation) for violation in self.judge.violations],
             calls=len(self.calls),
             acknowledged=sum(call.kind is not Kind.READ for call in answered),
-            answered_reads=sum(call.kind is Kind.READ for call in answered),
+            reads=sum(call.kind is Kind.READ for call in answered),
             faults=self.nemesis.faults,
             elections=self.judge.elections,
             events=self.schedule.events,

@@ -1,0 +1,175 @@
+"""agentmem-chaos: play simulated worlds, or one again with its story."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from agentmem_chaos.sim.plan import CALM_S_MIN, SECONDS_DEFAULT
+from agentmem_chaos.sim.runner import Order, Outcome, play, play_all, rotating_seed, seeds
+from agentmem_chaos.sim.story import Line
+
+LINES_AROUND_A_VIOLATION = 40
+EXIT_VIOLATION = 1
+
+
+@click.group()
+@click.version_option(package_name="agentmem-cluster")
+def main() -> None:
+    """Break AgentMem on purpose, in ways that can be repeated."""
+
+
+@main.command()
+@click.option("--seed", type=int, help="Play this world, or begin with it when --worlds is given.")
+@click.option(
+    "--worlds", type=click.IntRange(1), help="How many worlds. [default: 1 with --seed, else 200]"
+)
+@click.option(
+    "--nodes", type=click.IntRange(1, 9), help="Nodes in each world. [default: 3 or 5, by seed]"
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(CALM_S_MIN + 1.0),
+    help=f"Virtual seconds of each world. [default: {SECONDS_DEFAULT:g}]",
+)
+@click.option("--story", is_flag=True, help="Tell what happened, line by line (one world).")
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per world, on stdout.")
+def sim(
+    seed: int | None,
+    worlds: int | None,
+    nodes: int | None,
+    seconds: float | None,
+    story: bool,
+    jobs: int,
+    as_json: bool,
+) -> None:
+    """Play simulated worlds: real Raft and journal, virtual time, network and disks.
+
+    A world is a function of its seed. Faults come first; then everything is healed and the
+    cluster must converge. Exit code 1 means that an invariant was violated; the command that
+    plays that world again is printed.
+    """
+    if seed is not None:
+        count = worlds or 1
+        chosen = list(range(seed, seed + count))
+        begun = f"seeds {seed} to {seed + count - 1}" if count > 1 else f"seed {seed}"
+    else:
+        count = worlds or 200
+        rotating = rotating_seed()
+        chosen = seeds(count, rotating)
+        begun = f"fixed seeds from 1, rotating seeds from {rotating}"
+    if story and count > 1:
+        raise click.UsageError("--story tells one world: give --seed without --worlds")
+    console = Console(stderr=as_json, highlight=False)
+    orders = [Order(s, nodes, seconds, story) for s in chosen]
+    if count == 1:
+        outcome = play(orders[0])
+        if story:
+            tell(console, outcome.result.lines)
+        outcomes = [outcome]
+    else:
+        console.print(f"{count} worlds, {begun}")
+        outcomes = with_progress(console, play_all(orders, jobs=jobs), count)
+    if as_json:
+        for outcome in outcomes:
+            click.echo(json.dumps(as_object(outcome)))
+    else:
+        console.print(summary(outcomes))
+    failed = [outcome for outcome in outcomes if not outcome.result.passed]
+    for outcome in failed:
+        report(console, outcome, told=story)
+    sys.exit(EXIT_VIOLATION if failed else 0)
+
+
+def with_progress(console: Console, outcomes: Iterable[Outcome], count: int) -> list[Outcome]:
+    done: list[Outcome] = []
+    violated = 0
+    bar = Progress(
+        TextColumn("worlds"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[violated]} violated"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("worlds", total=count, violated=0)
+        for outcome in outcomes:
+            done.append(outcome)
+            if not outcome.result.passed:
+                violated += 1
+                first = outcome.result.violations[0].splitlines()[0]
+                bar.console.print(Text(f"seed {outcome.order.seed}: {first}", style="red"))
+            bar.update(task, advance=1, violated=violated)
+    return sorted(done, key=lambda outcome: outcome.order.seed)
+
+
+def summary(outcomes: list[Outcome]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    virtual_s = sum(outcome.result.seconds for outcome in outcomes)
+    wall_s = sum(outcome.wall_s for outcome in outcomes)
+    three, five = (sum(outcome.result.nodes == n for outcome in outcomes) for n in (3, 5))
+    rows = {
+        "worlds": f"{len(outcomes)} ({three} of 3 nodes, {five} of 5)",
+        "virtual time": f"{virtual_s:,.0f} s ({virtual_s / max(wall_s, 1e-9):.0f} times real time)",
+        "acknowledged writes": f"{sum(outcome.result.acknowledged for outcome in outcomes):,}",
+        "linearizable reads": f"{sum(outcome.result.reads for outcome in outcomes):,}",
+        "faults": f"{sum(outcome.result.faults for outcome in outcomes):,}",
+        "elections": f"{sum(outcome.result.elections for outcome in outcomes):,}",
+        "violations": f"{sum(not outcome.result.passed for outcome in outcomes)} worlds",
+    }
+    if len(outcomes) == 1:
+        rows["trace"] = outcomes[0].result.trace_hash
+    for name, value in rows.items():
+        table.add_row(
+            name, Text(value, style="red" if value[0] != "0" and name == "violations" else "")
+        )
+    return table
+
+
+def report(console: Console, outcome: Outcome, *, told: bool) -> None:
+    console.rule(f"[red]seed {outcome.order.seed} is violated")
+    if not told:
+        again = play(dataclasses.replace(outcome.order, story=True))
+        tell(console, again.result.lines[-LINES_AROUND_A_VIOLATION:])
+    for violation in outcome.result.violations:
+        console.print(Text(violation, style="red"))
+    console.print(Text(f"play it again: {outcome.order.command}", style="bold"))
+
+
+def tell(console: Console, lines: list[Line]) -> None:
+    for line in lines:
+        style = "dim"
+        if line.what.startswith("VIOLATION"):
+            style = "bold red"
+        elif line.what.startswith("FAULT"):
+            style = "yellow"
+        elif " is leader of " in f" {line.what}":
+            style = "green"
+        elif not line.who.startswith("client"):
+            style = ""
+        console.print(Text(str(line), style=style))
+
+
+def as_object(outcome: Outcome) -> dict[str, object]:
+    fields = dataclasses.asdict(outcome.result)
+    fields["lines"] = [str(line) for line in outcome.result.lines]
+    return {
+        **fields,
+        "passed": outcome.result.passed,
+        "replay": outcome.order.command,
+        "wall_s": round(outcome.wall_s, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()
