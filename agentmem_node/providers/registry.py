@@ -5,10 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from agentmem_node.providers.base import EmbeddingProvider
+from agentmem_node.providers.base import EmbeddingProvider, ModelIdentity
 from agentmem_node.providers.batching import BatchingLimits
 
 ProviderName = Literal["minilm", "none"]
+
+
+def identity_of(name: ProviderName, dim: int) -> ModelIdentity:
+    """What a cluster with this provider records, known before the model is loaded.
+
+    `dim` counts for `none` only: the dimension of the vectors that clients bring, 0 for none.
+    """
+    match name:
+        case "none":
+            return ModelIdentity("none", dim, "")
+        case "minilm":
+            from agentmem_node.providers.minilm import IDENTITY
+
+            return IDENTITY
 
 
 async def open_provider(

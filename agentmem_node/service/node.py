@@ -1,0 +1,367 @@
+"""The node: everything that runs in one process, put together, started and stopped in order.
+
+data directory (locked) -> journal (recovered) -> link -> Raft host -> membership -> shards
+                               the embedding model loads meanwhile
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agentmem_cluster.errors import ModelUnavailable, Unavailable
+from agentmem_cluster.journal.journal import Journal
+from agentmem_cluster.link.link import Link
+from agentmem_cluster.link.tls import LinkTls
+from agentmem_cluster.meta import NodeInfo
+from agentmem_cluster.raft.api import GroupSpec
+from agentmem_cluster.raft.host import Host
+from agentmem_cluster.raft.settings import RaftSettings
+from agentmem_cluster.realtime import RealClock, RealDisk, RealRng
+from agentmem_node.config import Config, ConfigError, split_address
+from agentmem_node.engine.shard import Shard
+from agentmem_node.index.shard_index import ShardIndex
+from agentmem_node.index.text_engine import TextEngine
+from agentmem_node.model import requests as rq
+from agentmem_node.model.search import Consistency, SearchAnswer
+from agentmem_node.observe.snapshot import NodeSnapshot
+from agentmem_node.providers.base import EmbeddingProvider
+from agentmem_node.providers.registry import identity_of, open_provider
+from agentmem_node.security.keys import KeyTable
+from agentmem_node.service.contract import Caller
+from agentmem_node.service.datadir import DataDir
+from agentmem_node.service.fanout import FanOut
+from agentmem_node.service.membership import Membership, View
+from agentmem_node.service.read import Reads
+from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.service.search import Searches
+from agentmem_node.service.status import Status
+from agentmem_node.service.write import Writes
+
+log = logging.getLogger("agentmem.node")
+
+_START_S_MAX = 60.0
+_DISK_CHECK_S = 0.5
+
+
+class Node:
+    """Implements `agentmem_node.service.contract.NodeService`."""
+
+    def __init__(self, config: Config, *, on_fatal: Callable[[BaseException], None]) -> None:
+        self.config = config
+        self.node_id = config.node.id
+        self.limits = config.limits
+        self.clock = RealClock()
+        self._rng = RealRng()
+        self._on_fatal = on_fatal
+        self._keys = KeyTable.from_config(config.security.api_keys)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._disk_is_full = False
+        self._data: DataDir | None = None
+        self._host: Host | None = None
+        self._link: Link | None = None
+        self._journal: Journal | None = None
+        self._membership: Membership | None = None
+        self._embedder: EmbeddingProvider | None = None
+        self._text: TextEngine | None = None
+
+    # -- start ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Ready to serve on return. Raises DataDirError, ConfigError, WrongModel, AgentMemError."""
+        config = self.config
+        loading = asyncio.create_task(self._open_provider(), name="embedding-model")
+        try:
+            await self._start_cluster(config)
+            await self._wait_for(loading)
+        except BaseException:
+            loading.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await loading
+            raise
+        self._embedder = loading.result()
+        model = identity_of(config.embedding.provider, config.embedding.dim)
+        self._writes = Writes(
+            self._routing,
+            clock=self.clock,
+            rng=self._rng,
+            limits=self.limits,
+            dim=model.dim,
+            embedder=self._embedder,
+            is_disk_full=lambda: self._disk_is_full,
+        )
+        fan_out = FanOut(self._routing, self.clock, config.search.hedge_ms / 1000)
+        self._reads = Reads(self._routing, fan_out, clock=self.clock, limits=self.limits)
+        self._searches = Searches(
+            self._routing,
+            self._reads,
+            clock=self.clock,
+            limits=self.limits,
+            dim=model.dim,
+            embedder=self._embedder,
+            settings=config.search,
+        )
+        if self._link is not None:
+            for method, handler in (
+                ("write.propose", self._writes.on_propose),
+                ("write.update", self._writes.on_update),
+                ("read.get", self._reads.on_get),
+                ("read.history", self._reads.on_history),
+                ("read.list", self._reads.on_list),
+                ("search.statistics", self._searches.on_statistics),
+                ("search.candidates", self._searches.on_candidates),
+                ("search.local", self._searches.on_local),
+            ):
+                self._link.register(method, handler)
+        await self._wait_until_ready()
+
+    async def _start_cluster(self, config: Config) -> None:
+        path = Path(config.node.data_dir)
+        self._data = DataDir.open(path, self.node_id, config.cluster.name)
+        disk = RealDisk(path)
+        # Recovery reads the whole journal: off the loop, so that Ctrl-C is answered.
+        self._journal = await asyncio.to_thread(
+            Journal.open, disk, "journal", segment_bytes=config.storage.journal_segment_bytes
+        )
+        self._link = self._make_link(config)
+        self._routing = Routing(self.node_id, self._link, self.clock)
+        self._text = TextEngine(path / "text")
+        self._host = Host(
+            self.node_id,
+            self._journal,
+            self._link,
+            self.clock,
+            self._rng,
+            RaftSettings(
+                heartbeat_s=config.raft.heartbeat_ms / 1000,
+                election_s_min=config.raft.election_ms_min / 1000,
+                election_s_max=config.raft.election_ms_max / 1000,
+                checkpoint_s=config.storage.checkpoint_ms / 1000,
+                queue_commands_max=config.limits.writes_queued_max,
+            ),
+            on_fatal=self._fatal,
+        )
+        own = config.cluster.nodes.get(self.node_id)
+        self._membership = Membership(
+            config,
+            disk=disk,
+            host=self._host,
+            link=self._link,
+            clock=self.clock,
+            rng=self._rng,
+            routing=self._routing,
+            own=NodeInfo(
+                peer="" if own is None else own.peer,
+                http=(own.http if own is not None else "") or f"http://{config.node.listen}",
+                version=Status.VERSION,
+            ),
+            on_view=self._reconcile,
+        )
+        self._status = Status(
+            config, self._routing, self._membership, self._host, self._journal, self._link
+        )
+        self._check_disk(disk)
+        self._tasks.append(asyncio.create_task(self._watch_disk(disk), name="disk-watch"))
+        # The journal's groups must exist before frames arrive for them.
+        await self._membership.start(identity_of(config.embedding.provider, config.embedding.dim))
+        await self._host.start()
+        if self._link is not None:
+            await self._link.start()
+
+    def _make_link(self, config: Config) -> Link | None:
+        if len(config.cluster.nodes) < 2:
+            return None
+        cluster = config.cluster
+        if cluster.ca_cert is None or cluster.cert is None or cluster.key is None:
+            raise ConfigError(
+                "The nodes of a cluster know each other by certificates, and none are configured. "
+                "Make them with `agentmem cluster certs --out DIR --nodes "
+                f"{','.join(cluster.nodes)}` and set cluster.ca_cert, cluster.cert and cluster.key."
+            )
+        listen = config.peer_listen
+        assert listen is not None
+        peers = {name: peer.peer for name, peer in cluster.nodes.items() if name != self.node_id}
+        return Link(
+            self.node_id,
+            split_address(listen, "node.peer_listen"),
+            peers,
+            LinkTls.load(
+                ca_cert=Path(cluster.ca_cert),
+                cert=Path(cluster.cert),
+                key=Path(cluster.key),
+                cluster=cluster.name,
+                node_id=self.node_id,
+            ),
+            self.clock,
+            cluster_id=cluster.name,
+        )
+
+    async def _open_provider(self) -> EmbeddingProvider | None:
+        embedding = self.config.embedding
+        try:
+            return await open_provider(
+                embedding.provider,
+                threads=embedding.threads or 1,
+                cache=None if embedding.model_dir is None else Path(embedding.model_dir),
+            )
+        except ModelUnavailable as error:
+            raise ModelUnavailable(
+                error.message,
+                hint=f"{error.hint} Or run with `--set embedding.provider=none`: searches by "
+                "words only, and vectors that clients bring.".strip(),
+            ) from error
+
+    async def _wait_for(self, loading: asyncio.Task[Any]) -> None:
+        """The model and the first view of the cluster, whichever takes longer."""
+        assert self._membership is not None
+        viewing = asyncio.create_task(self._membership.wait_view(_START_S_MAX))
+        try:
+            # A missing model must be said at once, not after a minute without a quorum.
+            await asyncio.wait({loading, viewing}, return_when=asyncio.FIRST_EXCEPTION)
+            if loading.done():
+                loading.result()
+            await viewing
+            await loading
+        except TimeoutError:
+            raise Unavailable(
+                f"No majority of the cluster was reached within {_START_S_MAX:.0f} s.",
+                hint="Start the other nodes, and check their addresses under [cluster.nodes].",
+            ) from None
+        finally:
+            viewing.cancel()
+
+    async def _wait_until_ready(self) -> None:
+        """Serve only once the local replicas have caught up, but not for ever: a shard whose other
+        replicas are down must not keep this node's other shards from being served."""
+        deadline = self.clock.monotonic() + 5.0
+        while self.clock.monotonic() < deadline and not self._status.ready()[0]:
+            await asyncio.sleep(0.02)
+
+    # -- shards ---------------------------------------------------------------------------
+
+    async def _reconcile(self, view: View) -> None:
+        """Open the shards that the map places here."""
+        assert self._host is not None
+        assert self._data is not None
+        for info in view.map.shards.values():
+            if self.node_id not in info.members or info.id in self._routing.local:
+                continue
+            shard = Shard.open(
+                self._data.path / "shards" / f"{info.id}-e{info.epoch}",
+                info.id,
+                dim=view.model.dim,
+                map_size=self.config.storage.map_bytes,
+                index_factory=lambda source, shard_id=info.id: ShardIndex(
+                    source, shard_id=shard_id, text_engine=self._text
+                ),
+            )
+            group = self._host.add_group(GroupSpec(info.id, info.epoch, info.members), shard)
+            self._routing.local[info.id] = LocalShard(info, group, shard)
+
+    # -- the disk -------------------------------------------------------------------------
+
+    def _check_disk(self, disk: RealDisk) -> None:
+        free = disk.free_bytes()
+        is_full = free < self.limits.disk_free_bytes_min
+        if is_full != self._disk_is_full:
+            log.warning(
+                "%s bytes free on the disk: %s",
+                f"{free:,}",
+                "writes are refused" if is_full else "writes are accepted again",
+            )
+        self._disk_is_full = is_full
+        self._status.disk_free_bytes = free
+        self._status.disk_is_full = is_full
+
+    async def _watch_disk(self, disk: RealDisk) -> None:
+        while True:
+            await asyncio.sleep(_DISK_CHECK_S)
+            self._check_disk(disk)
+
+    def _fatal(self, error: BaseException) -> None:
+        log.critical("this node cannot go on: %s", error)
+        self._on_fatal(error)
+
+    # -- stop -----------------------------------------------------------------------------
+
+    async def hand_over(self) -> None:
+        """Give leaderships away, so that writes go on elsewhere without an election."""
+        if self._host is not None:
+            await self._host.hand_over()
+
+    async def stop(self, *, clean: bool) -> None:
+        """Stop everything that was started. `clean`: also make the shards durable."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._membership is not None:
+            await self._membership.stop()
+        if self._host is not None:
+            await self._host.stop(transfer=False)
+        if self._link is not None:
+            await self._link.close()
+        for local in getattr(self, "_routing", Routing("", None, self.clock)).local.values():
+            local.shard.close()
+        if self._text is not None:
+            self._text.close()
+        if self._journal is not None:
+            self._journal.close()
+        if self._embedder is not None:
+            await self._embedder.close()
+        if self._data is not None:
+            self._data.close()
+
+    # -- NodeService ----------------------------------------------------------------------
+
+    async def add(self, caller: Caller, items: list[rq.AddRequest]) -> rq.AddAnswer:
+        return await self._writes.add(caller, items)
+
+    async def get(
+        self, caller: Caller, memory_id: str, consistency: Consistency, token: str | None
+    ) -> rq.MemoryAnswer:
+        return await self._reads.get(caller, memory_id, consistency, token)
+
+    async def update(
+        self, caller: Caller, memory_id: str, change: rq.UpdateRequest
+    ) -> rq.MemoryAnswer:
+        return await self._writes.update(caller, memory_id, change)
+
+    async def delete(
+        self, caller: Caller, memory_id: str, expected_version: int | None
+    ) -> rq.DeleteAnswer:
+        return await self._writes.delete(caller, memory_id, expected_version)
+
+    async def delete_many(self, caller: Caller, ids: list[str]) -> rq.DeleteAnswer:
+        return await self._writes.delete_many(caller, ids)
+
+    async def list(self, caller: Caller, query: rq.ListQuery) -> rq.ListAnswer:
+        return await self._reads.list(caller, query)
+
+    async def history(self, caller: Caller, memory_id: str) -> rq.HistoryAnswer:
+        return await self._reads.history(caller, memory_id)
+
+    async def search(self, caller: Caller, request: rq.SearchRequest) -> SearchAnswer:
+        return await self._searches.search(caller, request)
+
+    def encode_cursor(self, request: rq.SearchRequest, answer: SearchAnswer) -> str | None:
+        return self._searches.encode_cursor(request, answer)
+
+    def cluster_view(self) -> dict[str, Any]:
+        return self._status.cluster_view()
+
+    def metrics_snapshot(self) -> NodeSnapshot:
+        return self._status.snapshot(self._embedder)
+
+    def ready(self) -> tuple[bool, dict[str, Any]]:
+        return self._status.ready()
+
+    def tenant_of_key(self, key_hash: bytes) -> tuple[str, str] | None:
+        owner = self._keys.find(key_hash)
+        return None if owner is None else (owner.tenant, owner.key_id)
+
+    def keys_required(self) -> bool:
+        return self.config.keys_required
