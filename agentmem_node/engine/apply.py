@@ -1,0 +1,269 @@
+"""What a command does to a shard: a pure function of the shard's state and the command's bytes.
+
+No clock, no chance, no network, no order of a set or a float sum. A command that cannot be
+carried out is a result like any other, the same on every replica; only the local disk or memory
+can make this raise.
+
+A write goes through four steps: the ledger (was it done before?), the check of every operation's
+record, the plan (the outcome of each operation, in order, as if those before it were done), and
+the doing. Nothing is changed before the plan is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+from agentmem_node.index.source import Change, IndexDoc, Removed
+from agentmem_node.model.commands import (
+    Add,
+    Delete,
+    Mismatch,
+    Op,
+    Outcome,
+    Rejected,
+    Result,
+    Update,
+    Write,
+    WriteResult,
+)
+from agentmem_node.model.ids import format_id
+from agentmem_node.model.memory import Memory
+from agentmem_node.model.records import decode_memory
+from agentmem_node.storage.layout import DIGEST_BYTES, DocRow
+from agentmem_node.storage.ledger import pack_outcomes
+from agentmem_node.storage.scopes import Scope
+from agentmem_node.storage.store import NewMemory, Store
+
+
+class _Seen(NamedTuple):
+    """A memory as the operations of one command find it. `version` 0: never was there."""
+
+    version: int
+    is_live: bool
+    owner: str
+
+
+_ABSENT = _Seen(0, False, "")
+
+
+def apply_command(
+    store: Store, index: int, command: bytes, write: Write | Rejected, changes: list[Change]
+) -> Result:
+    """Apply one log entry; `write` is what its bytes decode to. What the derived indexes must
+    learn is appended to `changes`, in order."""
+    if isinstance(write, Rejected):
+        result: Result = write
+        summary = write.reason.encode()
+    else:
+        result, summary = _apply_write(store, index, write, changes)
+    state = store.state
+    state.applied_index = index
+    state.digest = _chain(state.digest, index, command, result, summary)
+    return result
+
+
+def _chain(digest: bytes, index: int, command: bytes, result: Result, summary: bytes) -> bytes:
+    """The digest of everything applied: of the log, and of what came of it."""
+    kind = type(result).__name__.encode()
+    head = b"%s %d %d %s %d " % (digest, index, len(command), kind, len(summary))
+    chain = hashlib.blake2b(head, digest_size=DIGEST_BYTES)
+    chain.update(command)
+    chain.update(summary)
+    return chain.digest()
+
+
+def _apply_write(
+    store: Store, index: int, write: Write, changes: list[Change]
+) -> tuple[Result, bytes]:
+    tenant = store.scopes.tenant(write.tenant)
+    if tenant is not None:
+        entry = store.ledger.find(tenant.number, write.request_id)
+        if entry is not None:
+            if entry.fingerprint != write.fingerprint:
+                return Mismatch(entry.log_index), b"%d" % entry.log_index
+            outcomes = store.ledger.outcomes(tenant.number, entry.log_index)
+            replayed = WriteResult(outcomes, replayed=True, index=entry.log_index)
+            return replayed, b"replayed %d" % entry.log_index
+    memories: list[Memory | None] = []
+    for position, op in enumerate(write.ops):
+        memory = None
+        if not isinstance(op, Delete):
+            memory = decode_memory(op.record)
+            fault = _fault(op, memory, store.state.dim)
+            if fault is not None:
+                rejected = Rejected(f"operation {position}: {fault}")
+                return rejected, rejected.reason.encode()
+        memories.append(memory)
+    planned = _plan(store, tenant, write, memories)
+    if isinstance(planned, Rejected):
+        return planned, planned.reason.encode()
+    tenant = store.scopes.make_tenant(write.tenant)
+    _do(store, tenant, write, memories, planned, changes)
+    summary = pack_outcomes(write.ops, planned)
+    store.ledger.put(
+        tenant.number, index, write.at_ms, write.request_id, write.fingerprint, summary
+    )
+    return WriteResult(tuple(planned), replayed=False, index=index), summary
+
+
+def _fault(op: Add | Update, memory: Memory | None, dim: int) -> str | None:
+    """What is wrong with an operation, whatever the shard holds."""
+    if memory is None:
+        return "its record is not a memory"
+    if memory.version != (1 if isinstance(op, Add) else op.read_version + 1):
+        return "its record carries another version than it makes"
+    if memory.id != format_id(op.id):
+        return "its record carries another id"
+    if op.vector is not None and (dim == 0 or len(op.vector) != 4 * dim):
+        return f"its vector is not one of {dim} values"
+    return None
+
+
+def _plan(
+    store: Store, tenant: Scope | None, write: Write, memories: list[Memory | None]
+) -> list[Outcome] | Rejected:
+    """The outcome of each operation."""
+    outcomes: list[Outcome] = []
+    seen: dict[bytes, _Seen] = {}  # what earlier operations of this command made of an id
+    number = None if tenant is None else tenant.number
+    for position, (op, memory) in enumerate(zip(write.ops, memories, strict=True)):
+        at = seen.get(op.id) or _look(store, number, op.id)
+        if isinstance(op, Add):
+            if at is not _ABSENT:
+                outcomes.append(Outcome("exists", op.id, at.version))
+                continue
+            assert memory is not None
+            seen[op.id] = _Seen(1, True, memory.scope.owner)
+            outcomes.append(Outcome("ok", op.id, 1))
+        elif not at.is_live:
+            outcomes.append(Outcome("not_found", op.id, 0))
+        elif op.read_version is not None and op.read_version != at.version:
+            outcomes.append(Outcome("conflict", op.id, at.version))
+        else:
+            if isinstance(op, Update):
+                assert memory is not None
+                # The owner decides the shard: a memory never moves to another.
+                if memory.scope.owner != at.owner:
+                    return Rejected(f"operation {position}: its record has another owner")
+            seen[op.id] = _Seen(at.version + 1, isinstance(op, Update), at.owner)
+            outcomes.append(Outcome("ok", op.id, at.version + 1))
+    if write.atomic and any(outcome.status != "ok" for outcome in outcomes):
+        for position, outcome in enumerate(outcomes):
+            if outcome.status == "ok":
+                before = _look(store, number, outcome.id)
+                outcomes[position] = Outcome("skipped", outcome.id, before.version)
+    return outcomes
+
+
+def _look(store: Store, tenant: int | None, key: bytes) -> _Seen:
+    located = None if tenant is None else store.locate(tenant, key)
+    if located is None:
+        return _ABSENT
+    if located.deleted_version:
+        return _Seen(located.deleted_version, False, "")
+    row = store.row(located.doc)
+    memory = None if row is None else decode_memory(row.record)
+    if row is None or memory is None:
+        raise AssertionError(f"the row of {format_id(key)} is lost")
+    return _Seen(row.version, True, memory.scope.owner)
+
+
+def _do(
+    store: Store,
+    tenant: Scope,
+    write: Write,
+    memories: list[Memory | None],
+    outcomes: list[Outcome],
+    changes: list[Change],
+) -> None:
+    adds: list[tuple[Add, Memory]] = []
+    for op, memory, outcome in zip(write.ops, memories, outcomes, strict=True):
+        if outcome.status != "ok":
+            continue
+        if isinstance(op, Add):
+            assert memory is not None
+            adds.append((op, memory))
+            continue
+        # A change may concern a memory that this very command adds.
+        _add(store, tenant, write, adds, changes)
+        adds = []
+        if isinstance(op, Update):
+            assert memory is not None
+            _update(store, tenant, write, op, memory, changes)
+        else:
+            _delete(store, tenant, write, op, changes)
+    _add(store, tenant, write, adds, changes)
+
+
+def _add(
+    store: Store,
+    tenant: Scope,
+    write: Write,
+    adds: list[tuple[Add, Memory]],
+    changes: list[Change],
+) -> None:
+    if not adds:
+        return
+    name, at_ms = write.tenant, write.at_ms
+    new = []
+    for op, memory in adds:
+        owner_name = memory.scope.owner
+        owner = store.scopes.make(tenant.number, owner_name) if owner_name else tenant
+        new.append(
+            NewMemory(op.id, owner, op.created_ms, at_ms, op.expires_ms, op.record, op.vector)
+        )
+    first = store.add(tenant, new)
+    for doc, (op, memory) in enumerate(adds, first):
+        changes.append(
+            IndexDoc(doc, op.id, name, memory, op.created_ms, at_ms, op.expires_ms, op.vector)
+        )
+
+
+def _update(
+    store: Store,
+    tenant: Scope,
+    write: Write,
+    op: Update,
+    memory: Memory,
+    changes: list[Change],
+) -> None:
+    doc, old = _live(store, tenant, op)
+    row = store.update(
+        doc,
+        old,
+        at_ms=write.at_ms,
+        expires_ms=op.expires_ms,
+        record=op.record,
+        vector=op.vector,
+    )
+    vector = store.vector(doc) if op.vector is None else op.vector
+    changes.append(
+        IndexDoc(
+            doc,
+            op.id,
+            write.tenant,
+            memory,
+            row.created_ms,
+            row.updated_ms,
+            row.expires_ms,
+            vector,
+        )
+    )
+
+
+def _delete(store: Store, tenant: Scope, write: Write, op: Delete, changes: list[Change]) -> None:
+    doc, old = _live(store, tenant, op)
+    memory = decode_memory(old.record)
+    name = "" if memory is None else memory.scope.owner
+    owner = store.scopes.make(tenant.number, name) if name else tenant
+    store.delete(doc, old, tenant, owner, write.at_ms)
+    changes.append(Removed(doc, op.id, write.tenant, name))
+
+
+def _live(store: Store, tenant: Scope, op: Op) -> tuple[int, DocRow]:
+    located = store.locate(tenant.number, op.id)
+    row = None if located is None else store.row(located.doc)
+    if located is None or row is None:
+        raise AssertionError(f"the plan saw {format_id(op.id)}, but it is not there")
+    return located.doc, row

@@ -1,0 +1,80 @@
+"""What the derived indexes may ask of a shard's store: `agentmem_node.index.source.Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from agentmem_node.index.source import IndexDoc
+from agentmem_node.model.records import decode_memory
+from agentmem_node.storage.layout import DocRow
+from agentmem_node.storage.scopes import Scope
+from agentmem_node.storage.store import Store
+
+_any_decoder: Final[msgspec.json.Decoder[dict[str, Any]]] = msgspec.json.Decoder(dict[str, Any])
+
+
+class StoreSource:
+    """A `Source` over a store: to be used on the thread that applies."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.dim = store.state.dim
+
+    def scan(self, tenant: str, owner: str | None) -> Iterator[IndexDoc]:
+        """Live memories in `doc` order. Entries may be applied while it is consumed: what they
+        change is seen or not, and is told to the index anyway."""
+        scope = scope_of(self._store, tenant, owner)
+        if scope is None:
+            return
+        for doc in self._store.docs_of(scope.number).tolist():
+            row = self._store.row(doc)
+            if row is not None:
+                yield index_doc(doc, tenant, row, self._store.vector(doc))
+
+    def count(self, tenant: str, owner: str | None) -> int:
+        scope = scope_of(self._store, tenant, owner)
+        return 0 if scope is None else scope.memories
+
+    def vectors(self, docs: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return self._store.vectors(docs.tolist())
+
+    def records(self, docs: Sequence[int]) -> list[bytes]:
+        return [self._row(doc).record for doc in docs]
+
+    def memory(self, doc: int) -> dict[str, Any]:
+        return _any_decoder.decode(self._row(doc).record)
+
+    def _row(self, doc: int) -> DocRow:
+        row = self._store.row(doc)
+        if row is None:
+            raise KeyError(f"memory number {doc} is deleted, or never was")
+        return row
+
+
+def scope_of(store: Store, tenant: str, owner: str | None) -> Scope | None:
+    """An owner of a tenant, or the tenant itself for None."""
+    found = store.scopes.tenant(tenant)
+    if found is None or not owner:
+        return found
+    return store.scopes.find(found.number, owner)
+
+
+def index_doc(doc: int, tenant: str, row: DocRow, vector: bytes | None) -> IndexDoc:
+    memory = decode_memory(row.record)
+    if memory is None:
+        raise AssertionError(f"the record of memory number {doc} was checked when it was applied")
+    return IndexDoc(
+        doc,
+        row.id,
+        tenant,
+        memory,
+        row.created_ms,
+        row.updated_ms,
+        row.expires_ms,
+        vector,
+    )

@@ -1,0 +1,300 @@
+"""One shard on one node: the replicated state machine, and the reads that it answers.
+
+`apply` obeys commands (`agentmem_node.engine.apply`), writes them to the store and tells the
+derived index. Nothing here waits for a disk: what a power loss takes is replayed from the
+journal, from `durable_index` on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from agentmem_cluster.errors import DiskFull, InternalError
+from agentmem_cluster.raft.api import Entry
+from agentmem_node.engine.apply import apply_command
+from agentmem_node.engine.reads import StoreSource, index_doc, scope_of
+from agentmem_node.index.source import Change, IndexDoc, Source
+from agentmem_node.model.commands import Rejected, Result, Write, WriteResult, decode
+from agentmem_node.model.ids import format_id
+from agentmem_node.model.memory import HistoryEntry, Memory
+from agentmem_node.model.records import Page, Stored, decode_memory
+from agentmem_node.model.times import format_ms
+from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, CheckpointJob
+from agentmem_node.storage.layout import DocRow
+from agentmem_node.storage.ledger import EVENTS, FeedItem, LedgerBounds
+from agentmem_node.storage.store import Located, Store
+
+if TYPE_CHECKING:
+    from agentmem_node.index.shard_index import ShardIndex
+
+# How much may be changed before the transaction is committed. Its changed pages are held in
+# memory until then, in each shard of the node.
+_COMMIT_BYTES: Final = 8 << 20
+# What a command can add to the file at most, beyond twice its bytes: pages of the trees that it
+# changes, most of them shared between commands.
+_COMMAND_BYTES: Final = 16 << 10
+_OP_BYTES: Final = 12 << 10
+_HISTORY_VERSIONS: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStats:
+    memories: int
+    tombstones: int
+    history_versions: int
+    ledger_entries: int
+    file_bytes: int
+    used_bytes: int
+    applied_index: int
+    durable_index: int
+
+
+class Shard:
+    """A `StateMachine`. All methods are called on one thread, except `run` of a checkpoint."""
+
+    def __init__(
+        self,
+        store: Store,
+        shard_id: str,
+        index_factory: Callable[[Source], ShardIndex] | None,
+    ) -> None:
+        self.id = shard_id
+        self.source = StoreSource(store)
+        self._store = store
+        self._durable_index = store.state.applied_index
+        self._durable_next = 0
+        self._failure: BaseException | None = None
+        self._index = None if index_factory is None else index_factory(self.source)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        shard_id: str,
+        *,
+        dim: int,
+        map_size: int = MAP_BYTES_DEFAULT,
+        index_factory: Callable[[Source], ShardIndex] | None = None,
+        ledger: LedgerBounds | None = None,
+    ) -> Shard:
+        """The shard in `folder`, at its last checkpoint; a new one when there is no folder.
+
+        `dim` 0: lexical only. Raises StorageDamaged, InternalError when another process has it.
+        """
+        store = Store.open(folder, dim=dim, map_bytes=map_size, bounds=ledger)
+        return cls(store, shard_id, index_factory)
+
+    @property
+    def index(self) -> ShardIndex:
+        """The derived index. Raises when the shard was opened without one."""
+        if self._index is None:
+            raise InternalError(f"Shard {self.id} was opened without an index.")
+        return self._index
+
+    # -- the state machine --------------------------------------------------------------
+
+    @property
+    def applied_index(self) -> int:
+        return self._store.state.applied_index
+
+    @property
+    def durable_index(self) -> int:
+        return self._durable_index
+
+    def digest(self) -> bytes:
+        return self._store.state.digest
+
+    def apply(self, entries: Sequence[Entry]) -> list[Result]:
+        """One result an entry. Raises DiskFull, having applied none of them: try again later.
+
+        After any other exception the shard refuses everything: the node must stop, and its next
+        start replays the journal from the checkpoint.
+        """
+        self._check()
+        if not entries:
+            return []
+        if entries[0].index <= self.applied_index:
+            raise ValueError(
+                f"entry {entries[0].index} of shard {self.id} was applied already: "
+                f"it is at {self.applied_index}"
+            )
+        writes = [decode(entry.command) for entry in entries]
+        cost = [_cost(entry.command, write) for entry, write in zip(entries, writes, strict=True)]
+        env = self._store.env
+        env.reserve(sum(cost))
+        results = []
+        changes: list[Change] = []
+        to_come = sum(cost)
+        try:
+            for entry, write, size in zip(entries, writes, cost, strict=True):
+                results.append(
+                    apply_command(self._store, entry.index, entry.command, write, changes)
+                )
+                to_come -= size
+                if env.reserved - to_come >= _COMMIT_BYTES:
+                    self._store.commit(to_come)
+            self._store.flush()
+            if changes and self._index is not None:
+                self._index.apply(changes)
+        except BaseException as error:
+            self._failure = error
+            raise
+        return results
+
+    def checkpoint(self) -> CheckpointJob | None:
+        self._check()
+        job = self._store.begin_checkpoint()
+        if job is not None:
+            self._durable_next = self.applied_index
+        return job
+
+    def checkpoint_done(self, job: CheckpointJob) -> None:
+        self._store.env.checkpoint_done(job)
+        self._durable_index = self._durable_next
+
+    def close(self) -> None:
+        """Leave a checkpoint behind, when that works: the next start has then nothing to replay."""
+        try:
+            job = None if self._failure else self.checkpoint()
+            if job is not None:
+                job.run()
+                self.checkpoint_done(job)
+        except (OSError, InternalError, DiskFull):
+            # The journal still holds everything after the checkpoint before.
+            pass
+        finally:
+            self._store.env.close()
+
+    # -- reads --------------------------------------------------------------------------
+
+    def get(self, tenant: str, key: bytes) -> Stored | None:
+        """A live memory; expired ones too (`Stored.is_expired`)."""
+        found = self._find(tenant, key)
+        return None if found is None else _stored(found[1])
+
+    def get_many(self, tenant: str, keys: Sequence[bytes]) -> list[Stored | None]:
+        return [self.get(tenant, key) for key in keys]
+
+    def history(
+        self, tenant: str, key: bytes, limit: int = _HISTORY_VERSIONS
+    ) -> list[HistoryEntry]:
+        """The newest `limit` versions, oldest first, of a live or deleted memory."""
+        located = self._locate(tenant, key)
+        if located is None:
+            return []
+        # One more than asked: an entry says what the content was before it.
+        rows = self._store.history(located.doc, limit + 1)
+        entries: list[HistoryEntry] = []
+        before: Memory | None = None
+        for row in rows:
+            after = decode_memory(row.record) if row.record else None
+            shown = after or before
+            entries.append(
+                HistoryEntry(
+                    memory_id=format_id(key),
+                    event=EVENTS[row.event],
+                    version=row.version,
+                    old_content=None if before is None else before.content,
+                    new_content=None if after is None else after.content,
+                    at=format_ms(row.at_ms),
+                    metadata={} if shown is None else shown.metadata,
+                )
+            )
+            before = after
+        return entries[-limit:]
+
+    def count(self, tenant: str, owner: str | None = None) -> int:
+        """Live memories, expired ones included, without a scan."""
+        return self.source.count(tenant, owner)
+
+    def feed(self, tenant: str, after: tuple[int, int], limit: int) -> list[FeedItem]:
+        """Changes of a tenant's memories after a place in its feed, oldest first."""
+        scope = self._store.scopes.tenant(tenant)
+        return [] if scope is None else self._store.ledger.feed(scope.number, after, limit)
+
+    def ledger_lookup(self, tenant: str, request_id: bytes) -> WriteResult | None:
+        """What a write under this request id answered, if the shard still remembers one."""
+        scope = self._store.scopes.tenant(tenant)
+        entry = None if scope is None else self._store.ledger.find(scope.number, request_id)
+        if scope is None or entry is None:
+            return None
+        outcomes = self._store.ledger.outcomes(scope.number, entry.log_index)
+        return WriteResult(outcomes, replayed=True, index=entry.log_index)
+
+    def stats(self) -> ShardStats:
+        store = self._store
+        memories = store.entries("docs")
+        return ShardStats(
+            memories=memories,
+            tombstones=store.entries("ids") - memories,
+            history_versions=store.entries("history"),
+            ledger_entries=store.state.ledger_entries,
+            file_bytes=store.env.file_bytes,
+            used_bytes=store.env.used_bytes,
+            applied_index=self.applied_index,
+            durable_index=self.durable_index,
+        )
+
+    def list(
+        self,
+        tenant: str,
+        owner: str | None,
+        matches: Callable[[IndexDoc], bool] | None,
+        after: tuple[int, bytes] | None,
+        limit: int,
+        now_ms: int,
+        *,
+        scan_max: int | None = None,
+    ) -> Page:
+        """Live memories of an owner, or of the tenant, newest first, ties by id, descending.
+
+        `matches` sees each memory, without its vector. After `scan_max` memories were looked at,
+        the page ends early, with `after` set: a caller can then let others run before it goes on.
+        """
+        scope = scope_of(self._store, tenant, owner)
+        items: list[Stored] = []
+        if scope is None:
+            return Page(items, None)
+        last = None
+        for scanned, row in enumerate(self._store.newest(scope.number, after)):
+            if len(items) >= limit or (scan_max is not None and scanned >= scan_max):
+                return Page(items, last)
+            last = (row.created_ms, row.id)
+            if row.expires_ms is not None and row.expires_ms <= now_ms:
+                continue
+            if matches is None or matches(index_doc(0, tenant, row, None)):
+                items.append(_stored(row))
+        return Page(items, None)
+
+    # -- within -------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise InternalError(
+                f"Shard {self.id} failed earlier: {self._failure}.",
+                hint="Start the node again; nothing acknowledged is lost.",
+            ) from self._failure
+
+    def _locate(self, tenant: str, key: bytes) -> Located | None:
+        scope = self._store.scopes.tenant(tenant)
+        return None if scope is None else self._store.locate(scope.number, key)
+
+    def _find(self, tenant: str, key: bytes) -> tuple[int, DocRow] | None:
+        located = self._locate(tenant, key)
+        if located is None or located.deleted_version:
+            return None
+        row = self._store.row(located.doc)
+        return None if row is None else (located.doc, row)
+
+
+def _stored(row: DocRow) -> Stored:
+    return Stored(row.id, row.record, row.version, row.created_ms, row.updated_ms, row.expires_ms)
+
+
+def _cost(command: bytes, write: Write | Rejected) -> int:
+    """Bytes that the file may grow by, at most, for one command."""
+    ops = 0 if isinstance(write, Rejected) else len(write.ops)
+    return 2 * len(command) + _COMMAND_BYTES + ops * _OP_BYTES

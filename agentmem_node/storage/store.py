@@ -1,0 +1,285 @@
+"""The truth of one shard: memories, their order, their vectors and their history, in LMDB.
+
+Writes are the primitives that `agentmem_node.engine.apply` decides on; reads are consistent with
+the last entry applied. Everything happens on one thread (`agentmem_node.storage.environment`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agentmem_node.storage.checkpoint import DATA_NAME, damaged
+from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, CheckpointJob, Environment
+from agentmem_node.storage.layout import (
+    DATABASES,
+    HISTORY_HEAD,
+    HISTORY_KEY,
+    ID_ROW,
+    ORDER_KEY,
+    U32,
+    U64,
+    DocRow,
+    State,
+    order_key,
+    pack_doc,
+    unpack_doc,
+)
+from agentmem_node.storage.ledger import ADDED, DELETED, UPDATED, Ledger, LedgerBounds
+from agentmem_node.storage.scopes import Scope, Scopes
+
+_FIRST_VERSION: Final = 1
+
+
+class Located(NamedTuple):
+    """Where an id leads. `deleted_version`: the version that deleted it; 0 while it lives."""
+
+    doc: int
+    deleted_version: int
+
+
+class NewMemory(NamedTuple):
+    id: bytes
+    owner: Scope
+    created_ms: int
+    updated_ms: int
+    expires_ms: int | None
+    record: bytes
+    vector: bytes | None
+
+
+class HistoryRow(NamedTuple):
+    """A version: `event` is an index into `ledger.EVENTS`; a DELETE has no record."""
+
+    version: int
+    at_ms: int
+    event: int
+    record: bytes
+
+
+class Store:
+    def __init__(self, env: Environment, state: State, bounds: LedgerBounds) -> None:
+        self.env = env
+        self.state = state
+        self.scopes = Scopes(env, state)
+        self.ledger = Ledger(env, state, bounds)
+        self._ids = env.db["ids"]
+        self._docs = env.db["docs"]
+        self._vectors = env.db["vectors"]
+        self._order = env.db["order"]
+        self._history = env.db["history"]
+        self._no_vector = bytes(4 * state.dim)
+        env.state = state.pack
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        dim: int,
+        map_bytes: int = MAP_BYTES_DEFAULT,
+        bounds: LedgerBounds | None = None,
+    ) -> Store:
+        """The store in `folder`, as of its last checkpoint; a new one when there is no folder.
+
+        Raises StorageDamaged, and InternalError when another process has it open.
+        """
+        if folder.exists():
+            env = Environment(folder, DATABASES, map_bytes)
+        else:
+            env = Environment.create(folder, DATABASES, State(dim).pack(), map_bytes)
+        state = State.unpack(env.durable_state)
+        what = None
+        if state is None:
+            what = "it has a format that this version does not know"
+        elif state.dim != dim:
+            what = f"it holds vectors of {state.dim} values, but the cluster's model has {dim}"
+        if state is None or what is not None:
+            env.close()
+            raise damaged(folder / DATA_NAME, what or "")
+        return cls(env, state, LedgerBounds() if bounds is None else bounds)
+
+    def flush(self) -> None:
+        """Make what was applied readable in the store itself; once a batch."""
+        self.scopes.flush()
+
+    def commit(self, reserved: int = 0) -> None:
+        """Bound the memory that uncommitted changes hold (`Environment.commit`)."""
+        self.scopes.flush()
+        self.env.commit(reserved)
+
+    def begin_checkpoint(self) -> CheckpointJob | None:
+        self.scopes.flush()
+        return self.env.begin_checkpoint()
+
+    # -- writes -------------------------------------------------------------------------
+
+    def add(self, tenant: Scope, memories: Sequence[NewMemory]) -> int:
+        """Insert memories whose ids are free. Returns the number of the first; the rest follow."""
+        state = self.state
+        first = state.next_doc
+        tenant_key = U32.pack(tenant.number)
+        ids, docs, vectors, order = [], [], [], []
+        for doc, new in enumerate(memories, first):
+            owner = new.owner
+            key = U64.pack(doc)
+            ids.append((tenant_key + new.id, ID_ROW.pack(doc, 0)))
+            row = DocRow(
+                new.id,
+                tenant.number,
+                owner.number,
+                _FIRST_VERSION,
+                new.created_ms,
+                new.updated_ms,
+                new.expires_ms,
+                new.record,
+            )
+            docs.append((key, pack_doc(row)))
+            if new.vector is not None:
+                vectors.append((key, new.vector))
+            order.append((order_key(owner.number, new.created_ms, new.id), key))
+            self.scopes.count(owner, 1)
+            if owner is not tenant:
+                order.append((order_key(tenant.number, new.created_ms, new.id), key))
+        if not docs:
+            return first
+        state.next_doc = first + len(docs)
+        self.scopes.count(tenant, sum(new.owner is not tenant for new in memories))
+        # Neighbours in key order share pages.
+        order.sort()
+        cursor = self.env.txn.cursor
+        cursor(db=self._ids).putmulti(ids)
+        # Numbers only grow: appending fills pages instead of splitting them in half.
+        cursor(db=self._docs).putmulti(docs, append=True)
+        if vectors:
+            cursor(db=self._vectors).putmulti(vectors, append=True)
+        cursor(db=self._order).putmulti(order)
+        return first
+
+    def update(
+        self,
+        doc: int,
+        old: DocRow,
+        *,
+        at_ms: int,
+        expires_ms: int | None,
+        record: bytes,
+        vector: bytes | None,
+    ) -> DocRow:
+        """The next version of a memory; `vector` None keeps the one it has."""
+        self._keep(doc, old)
+        # Time never runs backwards in a record, whatever clock the writer had.
+        updated = max(at_ms, old.updated_ms)
+        new = old._replace(
+            version=old.version + 1, updated_ms=updated, expires_ms=expires_ms, record=record
+        )
+        key = U64.pack(doc)
+        self.env.txn.put(key, pack_doc(new), db=self._docs)
+        if vector is not None:
+            self.env.txn.put(key, vector, db=self._vectors)
+        return new
+
+    def delete(self, doc: int, old: DocRow, tenant: Scope, owner: Scope, at_ms: int) -> None:
+        """Leave only the id and the history of a memory."""
+        self._keep(doc, old)
+        txn = self.env.txn
+        key = U64.pack(doc)
+        version = old.version + 1
+        head = HISTORY_HEAD.pack(max(at_ms, old.updated_ms), DELETED)
+        txn.put(HISTORY_KEY.pack(doc, version), head, db=self._history)
+        txn.put(U32.pack(tenant.number) + old.id, ID_ROW.pack(doc, version), db=self._ids)
+        txn.delete(key, db=self._docs)
+        txn.delete(key, db=self._vectors)
+        txn.delete(order_key(owner.number, old.created_ms, old.id), db=self._order)
+        self.scopes.count(owner, -1)
+        if owner is not tenant:
+            txn.delete(order_key(tenant.number, old.created_ms, old.id), db=self._order)
+            self.scopes.count(tenant, -1)
+
+    def _keep(self, doc: int, old: DocRow) -> None:
+        event = ADDED if old.version == _FIRST_VERSION else UPDATED
+        row = HISTORY_HEAD.pack(old.updated_ms, event) + old.record
+        self.env.txn.put(HISTORY_KEY.pack(doc, old.version), row, db=self._history)
+
+    # -- reads --------------------------------------------------------------------------
+
+    def locate(self, tenant: int, key: bytes) -> Located | None:
+        row = self.env.txn.get(U32.pack(tenant) + key, db=self._ids)
+        return None if row is None else Located(*ID_ROW.unpack(row))
+
+    def row(self, doc: int) -> DocRow | None:
+        """A live memory by its number."""
+        data = self.env.txn.get(U64.pack(doc), db=self._docs)
+        return None if data is None else unpack_doc(data)
+
+    def vector(self, doc: int) -> bytes | None:
+        data: bytes | None = self.env.txn.get(U64.pack(doc), db=self._vectors)
+        return data
+
+    def vectors(self, docs: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Shape (len(docs), dim); zeros where a memory has none."""
+        get, db, pack, none = self.env.txn.get, self._vectors, U64.pack, self._no_vector
+        joined = bytearray().join([get(pack(doc), none, db=db) for doc in docs])
+        return np.frombuffer(joined, dtype="<f4").reshape(len(docs), self.state.dim)
+
+    def newest(self, scope: int, after: tuple[int, bytes] | None) -> Iterator[DocRow]:
+        """Live memories of a scope, by creation time and id, descending, from before `after` on.
+
+        Nothing may be written while it is consumed.
+        """
+        cursor = self.env.txn.cursor(db=self._order)
+        end = U32.pack(scope + 1) if after is None else order_key(scope, *after)
+        # The first key at or past the end; the one before it is where to start.
+        if cursor.set_range(end):
+            if not cursor.prev():
+                return
+        elif not cursor.last():
+            return
+        for key, value in cursor.iterprev():
+            if ORDER_KEY.unpack(key)[0] != scope:
+                return
+            row = self.row(U64.unpack(value)[0])
+            if row is not None:
+                yield row
+
+    def docs_of(self, scope: int) -> npt.NDArray[np.int64]:
+        """The numbers of a scope's live memories, ascending."""
+        cursor = self.env.txn.cursor(db=self._order)
+        docs: list[bytes] = []
+        if cursor.set_range(U32.pack(scope)):
+            end = U32.pack(scope + 1)
+            for key, value in cursor:
+                if key >= end:
+                    break
+                docs.append(value)
+        numbers = np.frombuffer(b"".join(docs), dtype=">i8").astype(np.int64)
+        numbers.sort()
+        return numbers
+
+    def history(self, doc: int, limit: int) -> list[HistoryRow]:
+        """The newest `limit` versions of a memory, live or deleted, oldest first."""
+        rows: list[HistoryRow] = []
+        current = self.row(doc)
+        if current is not None:
+            event = ADDED if current.version == _FIRST_VERSION else UPDATED
+            rows.append(HistoryRow(current.version, current.updated_ms, event, current.record))
+        cursor = self.env.txn.cursor(db=self._history)
+        found = cursor.prev() if cursor.set_range(HISTORY_KEY.pack(doc + 1, 0)) else cursor.last()
+        if found:
+            for key, value in cursor.iterprev():
+                of, version = HISTORY_KEY.unpack(key)
+                if of != doc or len(rows) >= limit:
+                    break
+                at_ms, event = HISTORY_HEAD.unpack_from(value)
+                rows.append(HistoryRow(version, at_ms, event, value[HISTORY_HEAD.size :]))
+        rows.reverse()
+        return rows
+
+    def entries(self, database: str) -> int:
+        """Rows of a sub-database, those not yet committed included."""
+        count: int = self.env.txn.stat(self.env.db[database])["entries"]
+        return count
