@@ -1,0 +1,147 @@
+"""The harness is worth what it catches: bugs are planted, and each must be caught by its rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import agentmem_cluster.raft.group as raft_group
+from agentmem_chaos.sim.disk import SimDisk
+from agentmem_chaos.sim.machine import Effect, MachineState, RegisterMachine
+from agentmem_chaos.sim.node import Parts, open_journal
+from agentmem_chaos.sim.plan import Fault, WorldPlan
+from agentmem_chaos.sim.world import World
+from agentmem_cluster.journal.journal import Journal
+from agentmem_cluster.raft.api import Entry
+from agentmem_cluster.raft.matching import Accepted, Refused, reconcile
+
+WORLDS_MAX = 15
+CRASHES = {Fault.KILL: 3.0, Fault.POWER_LOSS: 3.0, Fault.POWER_LOSS_ALL: 6.0}
+CUTS = {Fault.PARTITION: 3.0, Fault.PARTITION_ONE_WAY: 4.0, Fault.PAUSE: 4.0}
+STALLS = {Fault.BREAK_SESSION: 0.5, Fault.SLOW_DISK: 4.0, Fault.KILL: 2.0}
+
+
+def caught(parts: Parts, faults: dict[Fault, float], worlds: int = WORLDS_MAX) -> set[str]:
+    """The rules that the first violated world names. Worlds run until one is."""
+    for seed in range(1, worlds + 1):
+        plan = dataclasses.replace(
+            WorldPlan.draw(seed, nodes=3, seconds=40.0),
+            fault_every_s=faults,
+            think_s=(0.0, 0.1),
+            clients=4,
+        )
+        result = World(plan, parts=parts).run()
+        if not result.passed:
+            return {violation.split(" at ")[0] for violation in result.violations}
+    return set()
+
+
+@pytest.mark.parametrize("faults", [CRASHES, CUTS, STALLS])
+def test_without_a_planted_bug_these_worlds_are_clean(faults: dict[Fault, float]) -> None:
+    assert caught(Parts(), faults, worlds=3) == set()
+
+
+def test_speaking_before_the_sync_is_caught() -> None:
+    assert caught(Parts(syncs_before_it_speaks=False), CRASHES) & {
+        "durable rule",
+        "acknowledged writes survive",
+        "state machine safety",
+    }
+
+
+def test_a_disk_that_lies_about_syncs_is_caught() -> None:
+    def lying(disk: SimDisk, plan: WorldPlan) -> Journal:
+        disk.honours_sync = False
+        return open_journal(disk, plan)
+
+    assert caught(Parts(open_journal=lying), CRASHES)
+
+
+def test_a_read_without_a_quorum_round_is_caught() -> None:
+    assert caught(Parts(confirms_reads=False), CUTS) == {"linearizability"}
+
+
+def test_truncating_entries_that_match_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_released(
+        log: Any, commit: int, previous: int, previous_term: int, terms: Any, commands: Any
+    ) -> Accepted | Refused:
+        verdict = reconcile(log, commit, previous, previous_term, terms, commands)
+        if isinstance(verdict, Accepted) and commit < verdict.verified < log.last_index:
+            return dataclasses.replace(verdict, truncate_from=verdict.verified + 1)
+        return verdict
+
+    monkeypatch.setattr(raft_group, "reconcile", as_released)
+    assert caught(Parts(), STALLS)
+
+
+def test_a_vote_that_is_forgotten_in_a_crash_is_caught() -> None:
+    def forgetful(disk: SimDisk, plan: WorldPlan) -> Journal:
+        journal = open_journal(disk, plan)
+        for group, epoch in journal.groups():
+            journal.group(group, epoch).vote = None
+        return journal
+
+    fast_elections = {Fault.KILL: 0.4, Fault.KILL_MANY: 2.0, Fault.BREAK_SESSION: 0.5}
+    assert caught(Parts(open_journal=forgetful), fast_elections, worlds=40) & {
+        "election safety",
+        "state machine safety",
+    }
+
+
+def test_a_journal_that_loses_its_last_entry_is_caught() -> None:
+    def forgetful(disk: SimDisk, plan: WorldPlan) -> Journal:
+        journal = open_journal(disk, plan)
+        for group, epoch in journal.groups():
+            log = journal.group(group, epoch)
+            if log.last_index >= log.first_index:
+                log.truncate_from(log.last_index)
+        return journal
+
+    assert caught(Parts(open_journal=forgetful), CRASHES)
+
+
+class WithoutLedger(RegisterMachine):
+    keeps_ledger = False
+
+
+class Opinionated(RegisterMachine):
+    """Its result depends on how often this process has been asked: on where it runs."""
+
+    asked = 0
+
+    def _apply_one(self, state: MachineState, entry: Entry) -> Effect:
+        self.asked += 1
+        effect = super()._apply_one(state, entry)
+        return effect._replace(value=self.asked) if self.asked % 50 == 0 else effect
+
+
+class ForgetsApplied(RegisterMachine):
+    """Applies what it has applied before: an applied index that is not in the same transaction."""
+
+    def apply(self, entries: Any) -> list[Effect]:
+        effects = super().apply(entries)
+        if len(entries) > 1 and entries[-1].index % 7 == 0:
+            super().apply(entries[-1:])
+        return effects
+
+
+@pytest.mark.parametrize(
+    ("machine", "rule"),
+    [
+        (WithoutLedger, "exactly once"),
+        (Opinionated, "equal digests"),
+        (ForgetsApplied, "gapless apply"),
+    ],
+)
+def test_a_wrong_state_machine_is_caught(machine: type[RegisterMachine], rule: str) -> None:
+    assert rule in caught(Parts(make_machine=machine), CRASHES | CUTS)
+
+
+def test_an_exception_that_escapes_the_core_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(raft_group.Group, "_on_probe", fails)
+    assert caught(Parts(), CUTS) & {"no exceptions", "no stop without cause", "liveness"}

@@ -1,0 +1,58 @@
+"""Two hundred worlds: fixed seeds show a regression, new ones widen the net."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from agentmem_chaos.sim.runner import Order, play_all, rotating_seed, seeds
+
+WORLDS = 200
+SECONDS_MAX = 180.0
+
+
+@pytest.mark.timeout(290)
+def test_two_hundred_worlds_with_faults_violate_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rotating = int(os.environ.get("AGENTMEM_SIM_SEED", 0)) or rotating_seed()
+    orders = [Order(seed) for seed in seeds(WORLDS, rotating)]
+    with capsys.disabled():
+        print(f"\n{WORLDS} worlds; rotating seeds from {rotating} (AGENTMEM_SIM_SEED={rotating})")
+    begun_s = time.monotonic()
+    outcomes = list(play_all(orders, jobs=2))
+    took_s = time.monotonic() - begun_s
+
+    failures = [
+        f"{outcome.order.command}\n" + "\n".join(outcome.result.violations)
+        for outcome in sorted(outcomes, key=lambda outcome: outcome.order.seed)
+        if not outcome.result.passed
+    ]
+    assert not failures, "\n\n".join(failures)
+    results = [outcome.result for outcome in outcomes]
+    with capsys.disabled():
+        print(
+            f"{sum(r.seconds for r in results):,.0f} virtual s in {took_s:.0f} s: "
+            f"{sum(r.acknowledged for r in results):,} writes acknowledged, "
+            f"{sum(r.reads for r in results):,} linearizable reads, "
+            f"{sum(r.faults for r in results):,} faults, "
+            f"{sum(r.elections for r in results):,} elections"
+        )
+    assert len(results) == WORLDS
+    assert {r.nodes for r in results} == {3, 5}
+    assert all(r.seconds >= 60.0 for r in results)
+    # A harness that does nothing finds nothing: these worlds must have been busy ones.
+    assert sum(r.acknowledged for r in results) > 100 * WORLDS
+    assert sum(r.reads for r in results) > 100 * WORLDS
+    assert sum(r.faults for r in results) > 5 * WORLDS
+    assert sum(r.elections for r in results) > 2 * WORLDS
+    assert took_s < SECONDS_MAX, "worlds have become too slow for continuous integration"
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_other_sizes_of_cluster_hold_too(nodes: int) -> None:
+    for outcome in play_all([Order(seed, nodes=nodes, seconds=30.0) for seed in (1, 2, 3)], jobs=1):
+        assert outcome.result.violations == [], outcome.order.command
+        assert outcome.result.acknowledged > 0
