@@ -45,8 +45,6 @@ class Body(Generic[T]):
             raise BadRequest(
                 "The body is nested too deep.", hint="Nesting of metadata and filters is limited."
             ) from None
-        except ValueError:  # an integer of more digits than Python converts
-            raise BadRequest("A number in the body has too many digits.") from None
 
 
 class Query(Generic[T]):

@@ -1,4 +1,4 @@
-"""Handlers of /memories: check the bounds of a request, ask the service, put the answer together."""
+"""Handlers of /memories: check a request's bounds, ask the service, put the answer together."""
 
 from __future__ import annotations
 

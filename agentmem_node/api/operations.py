@@ -1,4 +1,4 @@
-"""Handlers for people who run a node: the cluster, health, metrics, and the API's own description."""
+"""Handlers for people who run a node: cluster, health, metrics, the API's own description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The route table: what the API offers. Dispatch, /openapi.json, /docs and docs/http-api.md come from it.
+"""The route table: what the API offers. Dispatch and all documentation come from it.
 
 Mem0's routes will be further entries of it.
 """

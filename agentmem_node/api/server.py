@@ -98,6 +98,7 @@ class HttpServer:
             await asyncio.sleep(0.01)
         self._deadlines.cancel_all()
         if self._connections is not None:
+            self._connections.pre_shutdown()  # idle ones end at once
             await self._connections.shutdown(1.0)
         await self._deadlines.stop()
 

@@ -15,7 +15,7 @@ _HOSTS_REMEMBERED_MAX = 64
 
 
 class BrowserFence:
-    """`keyless`: requests need no API key. Where they need one, a stranger's page has none to send."""
+    """`keyless`: requests need no API key. Where they do, a stranger's page has none to send."""
 
     def __init__(self, *, keyless: bool) -> None:
         self._keyless = keyless
@@ -34,8 +34,9 @@ class BrowserFence:
             return
         if not _is_loopback_name(host):
             raise Forbidden(
-                f"This node needs no API key and so answers to local names only, not {host[:100]!r}.",
-                hint="Use 127.0.0.1 or localhost, or give the node an API key (`agentmem key new`).",
+                "This node needs no API key and so answers to local names only, not to "
+                f"{host[:100]!r}.",
+                hint="Use 127.0.0.1 or localhost, or give the node a key (`agentmem key new`).",
             )
         if len(self._good_hosts) < _HOSTS_REMEMBERED_MAX:
             self._good_hosts.add(host)
@@ -43,10 +44,7 @@ class BrowserFence:
 
 def _is_loopback_name(host: str) -> bool:
     """Whether `name` or `name:port` means this machine whoever resolves it."""
-    if host.startswith("["):
-        name = host[1:].partition("]")[0]
-    else:
-        name = host.partition(":")[0]
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if name.lower() == "localhost":
         return True
     try:
