@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
+from agentmem_node.engine.reads import memory_of
 from agentmem_node.index.source import Change, IndexDoc, Removed
 from agentmem_node.model.commands import (
     Add,
@@ -163,10 +164,9 @@ def _look(store: Store, tenant: int | None, key: bytes) -> _Seen:
     if located.deleted_version:
         return _Seen(located.deleted_version, False, "")
     row = store.row(located.doc)
-    memory = None if row is None else decode_memory(row.record)
-    if row is None or memory is None:
+    if row is None:
         raise AssertionError(f"the row of {format_id(key)} is lost")
-    return _Seen(row.version, True, memory.scope.owner)
+    return _Seen(row.version, True, memory_of(row).scope.owner)
 
 
 def _do(
@@ -254,8 +254,7 @@ def _update(
 
 def _delete(store: Store, tenant: Scope, write: Write, op: Delete, changes: list[Change]) -> None:
     doc, old = _live(store, tenant, op)
-    memory = decode_memory(old.record)
-    name = "" if memory is None else memory.scope.owner
+    name = memory_of(old).scope.owner
     owner = store.scopes.make(tenant.number, name) if name else tenant
     store.delete(doc, old, tenant, owner, write.at_ms)
     changes.append(Removed(doc, op.id, write.tenant, name))

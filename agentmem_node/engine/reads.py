@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agentmem_node.index.source import IndexDoc
+from agentmem_node.model.memory import Memory
 from agentmem_node.model.records import decode_memory
 from agentmem_node.storage.layout import DocRow
 from agentmem_node.storage.scopes import Scope
@@ -65,16 +66,20 @@ def scope_of(store: Store, tenant: str, owner: str | None) -> Scope | None:
 
 
 def index_doc(doc: int, tenant: str, row: DocRow, vector: bytes | None) -> IndexDoc:
-    memory = decode_memory(row.record)
-    if memory is None:
-        raise AssertionError(f"the record of memory number {doc} was checked when it was applied")
     return IndexDoc(
         doc,
         row.id,
         tenant,
-        memory,
+        memory_of(row),
         row.created_ms,
         row.updated_ms,
         row.expires_ms,
         vector,
     )
+
+
+def memory_of(row: DocRow) -> Memory:
+    memory = decode_memory(row.record)
+    if memory is None:
+        raise AssertionError("a record was checked when it was applied, but is not a memory now")
+    return memory

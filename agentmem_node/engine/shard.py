@@ -7,16 +7,16 @@ journal, from `durable_index` on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from agentmem_cluster.errors import DiskFull, InternalError
 from agentmem_cluster.raft.api import Entry
 from agentmem_node.engine.apply import apply_command
-from agentmem_node.engine.reads import StoreSource, index_doc, scope_of
-from agentmem_node.index.source import Change, IndexDoc, Source
+from agentmem_node.engine.reads import StoreSource, memory_of, scope_of
+from agentmem_node.index.source import Change, Source
 from agentmem_node.model.commands import Rejected, Result, Write, WriteResult, decode
 from agentmem_node.model.ids import format_id
 from agentmem_node.model.memory import HistoryEntry, Memory
@@ -38,18 +38,6 @@ _COMMIT_BYTES: Final = 8 << 20
 _COMMAND_BYTES: Final = 16 << 10
 _OP_BYTES: Final = 12 << 10
 _HISTORY_VERSIONS: Final = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class ShardStats:
-    memories: int
-    tombstones: int
-    history_versions: int
-    ledger_entries: int
-    file_bytes: int
-    used_bytes: int
-    applied_index: int
-    durable_index: int
 
 
 class Shard:
@@ -206,8 +194,10 @@ class Shard:
             before = after
         return entries[-limit:]
 
-    def count(self, tenant: str, owner: str | None = None) -> int:
-        """Live memories, expired ones included, without a scan."""
+    def count(self, tenant: str | None = None, owner: str | None = None) -> int:
+        """Live memories of an owner, a tenant or all, expired ones included; without a scan."""
+        if tenant is None:
+            return self._store.entries("docs")
         return self.source.count(tenant, owner)
 
     def feed(self, tenant: str, after: tuple[int, int], limit: int) -> list[FeedItem]:
@@ -224,35 +214,36 @@ class Shard:
         outcomes = self._store.ledger.outcomes(scope.number, entry.log_index)
         return WriteResult(outcomes, replayed=True, index=entry.log_index)
 
-    def stats(self) -> ShardStats:
+    def stats(self) -> dict[str, int]:
+        """Figures for operators: rows, and bytes of the file as of the last commit."""
         store = self._store
         memories = store.entries("docs")
-        return ShardStats(
-            memories=memories,
-            tombstones=store.entries("ids") - memories,
-            history_versions=store.entries("history"),
-            ledger_entries=store.state.ledger_entries,
-            file_bytes=store.env.file_bytes,
-            used_bytes=store.env.used_bytes,
-            applied_index=self.applied_index,
-            durable_index=self.durable_index,
-        )
+        return {
+            "memories": memories,
+            "vectors": store.entries("vectors"),
+            "tombstones": store.entries("ids") - memories,
+            "history_versions": store.entries("history"),
+            "ledger_entries": store.state.ledger_entries,
+            "bytes": store.env.used_bytes,
+            "file_bytes": store.env.file_bytes,
+            "applied_index": self.applied_index,
+            "durable_index": self.durable_index,
+        }
 
-    def list(
+    def page(
         self,
         tenant: str,
         owner: str | None,
-        matches: Callable[[IndexDoc], bool] | None,
+        *,
+        accept: Callable[[Memory], bool] | None,
         after: tuple[int, bytes] | None,
         limit: int,
         now_ms: int,
-        *,
-        scan_max: int | None = None,
+        scan_max: int,
     ) -> Page:
-        """Live memories of an owner, or of the tenant, newest first, ties by id, descending.
+        """A part of `list` that looks at no more than `scan_max` memories, and may be short.
 
-        `matches` sees each memory, without its vector. After `scan_max` memories were looked at,
-        the page ends early, with `after` set: a caller can then let others run before it goes on.
+        A caller that filters many lets others run between pages.
         """
         scope = scope_of(self._store, tenant, owner)
         items: list[Stored] = []
@@ -260,14 +251,39 @@ class Shard:
             return Page(items, None)
         last = None
         for scanned, row in enumerate(self._store.newest(scope.number, after)):
-            if len(items) >= limit or (scan_max is not None and scanned >= scan_max):
+            if len(items) >= limit or scanned >= scan_max:
                 return Page(items, last)
             last = (row.created_ms, row.id)
             if row.expires_ms is not None and row.expires_ms <= now_ms:
                 continue
-            if matches is None or matches(index_doc(0, tenant, row, None)):
+            if accept is None or accept(memory_of(row)):
                 items.append(_stored(row))
         return Page(items, None)
+
+    def list(
+        self,
+        tenant: str,
+        owner: str | None,
+        *,
+        accept: Callable[[Memory], bool] | None,
+        after: tuple[int, bytes] | None,
+        limit: int,
+        now_ms: int,
+    ) -> list[Stored]:
+        """Live memories of an owner, or of the tenant, newest first, ties by id, descending.
+
+        `after`: (created_ms, id) of the last one seen.
+        """
+        page = self.page(
+            tenant,
+            owner,
+            accept=accept,
+            after=after,
+            limit=limit,
+            now_ms=now_ms,
+            scan_max=sys.maxsize,
+        )
+        return page.items
 
     # -- within -------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ class Write(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one operation. `version`: the one it made, or the one that stood in its way."""
+    """What became of one operation. `version`: the one it made, or that stood in its way."""
 
     status: OpStatus
     id: bytes

@@ -48,7 +48,7 @@ def new_id(now_ms: int, slot: int, rng: Rng) -> bytes:
 
 
 def slot_of_id(key: bytes) -> int:
-    """The slot within an id. Of a UUID that is not ours it is an arbitrary slot, on which nothing is found."""
+    """The slot within an id. A UUID that is not ours has some slot, on which nothing is found."""
     return ((key[6] & 0x0F) << 10) | (key[7] << 2) | ((key[8] >> 4) & 0b11)
 
 
