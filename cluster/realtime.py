@@ -4,15 +4,14 @@ time, chance and disk."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import time
 from pathlib import Path
 
-try:  # Apple's fsync leaves data in the drive's cache; this one does not.
-    from fcntl import F_FULLFSYNC, fcntl
-except ImportError:
-    F_FULLFSYNC = None
+# Apple's fsync leaves data in the drive's cache; this request does not.
+_FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 # What a file system without preallocation answers (NFS, some overlays, tmpfs of old kernels).
 _NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -67,8 +66,8 @@ class RealFile:
             rest = rest[written:]
 
     def datasync(self) -> None:
-        if F_FULLFSYNC is not None:
-            fcntl(self._fd, F_FULLFSYNC)
+        if _FULL_SYNC is not None:
+            fcntl.fcntl(self._fd, _FULL_SYNC)
         else:
             os.fdatasync(self._fd)
 
