@@ -19,6 +19,7 @@ from agentmem_client.calls import (
     encode,
     key_or_new,
     owner_route,
+    query_route,
 )
 from agentmem_client.errors import AgentMemError, ProtocolError
 from agentmem_client.options import AddOptions, WriteOptions
@@ -175,7 +176,7 @@ def search_many(
     def items() -> Iterator[Item]:
         for one in searches:
             check_names(one, SEARCH_FIELDS | {"query"}, "search_many")
-            yield Item(encode(drop_none(one)), owner_route(one))
+            yield Item(encode(drop_none(one)), query_route(one))
 
     def call(body: bytes, route: Route) -> Call[SearchResults]:
         return Call(

@@ -101,8 +101,20 @@ def owner_of(scope: Mapping[str, Any]) -> str:
 
 
 def owner_route(scope: Mapping[str, Any]) -> Route:
+    """Where a memory of this scope is stored."""
     owner = owner_of(scope)
     return ToOwner(owner) if owner else Anywhere()
+
+
+def query_route(scope: Mapping[str, Any]) -> Route:
+    """Who answers a query over this scope.
+
+    Only a user's memories are certain to lie together: a memory of an agent may be some user's
+    too, and is stored with that user.
+    """
+    if scope.get("user_id") is None:
+        return Anywhere()
+    return ToOwner(owner_of({"user_id": scope["user_id"]}))
 
 
 def encode(body: Any) -> bytes:
@@ -245,7 +257,7 @@ def list_page(options: ListOptions) -> Call[Page]:
         method="GET",
         path=f"{API}/memories" + _query(fields),
         read=Page.read,
-        route=owner_route(options),
+        route=query_route(options),
         deadline_s=options.get("deadline_s"),
     )
 
@@ -270,7 +282,7 @@ def search(query: str | None, options: SearchOptions) -> Call[SearchResult]:
         method="POST",
         path=f"{API}/memories/search",
         read=SearchResult.read,
-        route=owner_route(fields),
+        route=query_route(fields),
         body=encode(drop_none({"query": query, **fields})),
         deadline_s=options.get("deadline_s"),
     )

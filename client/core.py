@@ -223,9 +223,11 @@ class Exchange(Generic[T]):
         )
 
     def _needs_map(self) -> bool:
-        if isinstance(self._call.route, Anywhere | ToNode):
+        if isinstance(self._call.route, ToNode) or self._call.name == "cluster":
             return False
-        return self._router.topology is None or self._router.map_is_stale
+        if self._router.topology is None:
+            return True  # even for a call that any node answers: one must know the others to ask
+        return self._router.map_is_stale and not isinstance(self._call.route, Anywhere)
 
     def _map_source(self, now: float) -> str | None:
         for url in self._router.candidates(cluster_call(), now):

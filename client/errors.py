@@ -10,6 +10,7 @@
     |   |-- Unauthorized            401  no API key, or one the cluster does not know
     |   |-- Forbidden               403
     |   |-- NotFound                404
+    |   |-- MethodNotAllowed        405
     |   `-- Conflict                409  `expected_version` lost the race: read again, then retry
     |-- TemporarilyUnavailable      was retried until the deadline or the retry budget ended
     |   |-- Overloaded              429
@@ -96,6 +97,10 @@ class Forbidden(RequestRefused):
 
 class NotFound(RequestRefused):
     code = "not_found"
+
+
+class MethodNotAllowed(RequestRefused):
+    code = "method_not_allowed"
 
 
 class Conflict(RequestRefused):

@@ -261,8 +261,8 @@ def check_model(config: Config) -> Finding:
     if config.embedding.provider == "none":
         return Finding("model", Verdict.OK, "none wanted: searches by words only")
     from agentmem_cluster.errors import ModelUnavailable
-    from agentmem_node.providers.minilm import MODEL_NAME, MiniLmEngine
-    from agentmem_node.providers.model_files import cache_dir, is_complete, model_dir
+    from agentmem_node.providers.minilm import MiniLmEngine
+    from agentmem_node.providers.model_files import MODEL_NAME, cache_dir, is_complete, model_dir
 
     cache = Path(config.embedding.model_dir) if config.embedding.model_dir else cache_dir()
     directory = model_dir(cache)

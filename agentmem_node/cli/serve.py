@@ -72,7 +72,7 @@ def serve(
             target=_end_with_parent, args=(parent_pipe,), name="parent-pipe", daemon=True
         ).start()
     # Imported late, so that a wrong setting is reported at once.
-    from agentmem_node.service.run import serve as run_node
+    from agentmem_node.run import serve as run_node
 
     return run_node(settings.config, announce=_announce)
 
