@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,9 @@ class Batcher:
         self._patient: deque[_Item] = deque()
         self._queued_bytes = 0
         self._closing = False
-        self._counts = {"texts": 0, "tokens": 0, "batches": 0, "cache_hits": 0, "refused": 0}
+        self._counts = dict.fromkeys(
+            ("texts", "tokens", "batches", "cache_hits", "refused", "busy_us"), 0
+        )
         self._thread = threading.Thread(target=self._run, name="embedding", daemon=True)
         self._thread.start()
 
@@ -224,7 +227,9 @@ class Batcher:
         batch = [item for item in batch if self._waiting.get(item.key) is item]
         if not batch:
             return
+        started_ns = time.perf_counter_ns()
         vectors = self._engine.embed([item.text for item in batch])
+        busy_us = (time.perf_counter_ns() - started_ns) // 1000
         if not np.isfinite(vectors).all():
             raise FloatingPointError("a vector is not finite")
         finished: list[_Request] = []
@@ -232,6 +237,7 @@ class Batcher:
             self._counts["batches"] += 1
             self._counts["texts"] += len(batch)
             self._counts["tokens"] += sum(item.tokens for item in batch)
+            self._counts["busy_us"] += busy_us
             for item, vector in zip(batch, vectors, strict=True):
                 self._forget(item)
                 # A copy: a row of `vectors` would keep the whole batch alive in the cache.
