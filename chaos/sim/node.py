@@ -21,7 +21,9 @@ from agentmem_chaos.sim.story import Story
 from agentmem_cluster.errors import AgentMemError, Unavailable
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, Role
-from agentmem_cluster.raft.core import NodeCore, RaftSettings, Ready
+from agentmem_cluster.raft.core import NodeCore, Ready
+from agentmem_cluster.raft.frames import BOOT_BYTES
+from agentmem_cluster.raft.settings import RaftSettings
 
 JOURNAL_PATH = "journal"
 HANDOFF_S = 0.0002  # from the sync thread back to the loop
@@ -99,7 +101,7 @@ class SimNode:
                 self.clock,
                 SimRng(stream(self.plan.seed, f"core/{self.name}/{self.boot_number}")),
                 settings(self.plan),
-                session_of_boot=self._chance.randbytes(16),
+                session_of_boot=self._chance.randbytes(BOOT_BYTES),
             )
             for spec in self.groups.values():
                 self._found(core, spec)
@@ -383,8 +385,16 @@ class SimNode:
             return True
         log = journal.group(spec.id, spec.epoch)
         within = log.first_index <= answer.index <= log.last_index
-        return within and log.term_at(answer.index) == answer.term
+        return within and bool(log.term_at(answer.index) == answer.term)
 
 
 def settings(plan: WorldPlan) -> RaftSettings:
-    return RaftSettings()
+    """Small enough for a minute: checkpoints and compaction must happen while things break."""
+    return RaftSettings(
+        checkpoint_entries=plan.checkpoint_entries,
+        checkpoint_s=plan.checkpoint_s,
+        tail_bytes=plan.tail_bytes,
+        append_bytes_max=plan.append_bytes_max,
+        inflight_appends_max=plan.inflight_appends_max,
+        queue_commands_max=plan.queue_commands_max,
+    )

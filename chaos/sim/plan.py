@@ -77,8 +77,12 @@ class WorldPlan:
     think_s: tuple[float, float]
     padding_bytes_max: int
     segment_bytes: int
-    checkpoint_every_entries: int
-    keep_entries: int
+    checkpoint_entries: int
+    checkpoint_s: float
+    tail_bytes: int
+    append_bytes_max: int
+    inflight_appends_max: int
+    queue_commands_max: int
 
     @property
     def calm_at_s(self) -> float:
@@ -115,10 +119,14 @@ class WorldPlan:
             clients=chance.randint(2, 6),
             keys_per_group=chance.randint(1, 5),
             think_s=chance.choice([(0.0, 0.1), (0.05, 0.3), (0.1, 0.6)]),
-            padding_bytes_max=chance.choice([0, 0, 100, 2_000]),
+            padding_bytes_max=chance.choice([0, 0, 100, 4_000]),
             segment_bytes=chance.choice([16 << 10, 64 << 10, 1 << 20]),
-            checkpoint_every_entries=chance.choice([20, 100, 1_000]),
-            keep_entries=chance.choice([5, 50, 500]),
+            checkpoint_entries=chance.choice([20, 100, 1_000]),
+            checkpoint_s=chance.choice([1.0, 10.0, 60.0]),
+            tail_bytes=chance.choice([300 << 10, 1 << 20, 32 << 20]),
+            append_bytes_max=chance.choice([500, 1 << 20]),
+            inflight_appends_max=chance.choice([1, 4, 256]),
+            queue_commands_max=chance.choice([8, 10_000]),
         )
 
 
