@@ -46,6 +46,7 @@ from agentmem_node.storage.checkpoint import (
     DATA_NAME,
     Checkpoint,
     damaged,
+    make_folder,
     read_checkpoint,
     restore_metas,
     sync_folder,
@@ -126,7 +127,8 @@ class Environment:
         new = folder.with_name(folder.name + ".new")
         if new.exists():
             shutil.rmtree(new)
-        new.mkdir(parents=True)
+        make_folder(folder.parent)
+        new.mkdir()
         env = _open(new, len(databases) + 1, map_bytes)
         try:
             state_db = env.open_db(_STATE_DB.encode())
@@ -164,8 +166,9 @@ class Environment:
             )
         if needed > self._allocated:
             step = min(max(needed // _GROW_SHARE, _GROW_BYTES_MIN), _GROW_BYTES_MAX)
+            target = (needed + step) // self._page_bytes * self._page_bytes + self._page_bytes
             try:
-                _allocate(self._data_fd, self._allocated, needed + step)
+                _allocate(self._data_fd, self._allocated, target)
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
@@ -173,7 +176,7 @@ class Environment:
                     f"There is no room on the disk of {self.folder}: {error.strerror}.",
                     hint="Free some space; writes resume by themselves.",
                 ) from error
-            self._allocated = needed + step
+            self._allocated = target
         self.reserved += size_bytes
 
     def commit(self, reserved: int = 0) -> None:
