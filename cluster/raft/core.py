@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from agentmem_cluster.errors import AgentMemError, DiskFull, WrongShard
+from agentmem_cluster.errors import AgentMemError, DiskFull, ShuttingDown, WrongShard
 from agentmem_cluster.raft.api import Applied, GroupSpec, GroupStatus, StateMachine
 from agentmem_cluster.raft.frames import BOOT_BYTES, well_formed
 from agentmem_cluster.raft.gate import Gate
@@ -166,10 +166,8 @@ class NodeCore:
 
         Refused with NotLeader, Overloaded, TooLarge or DiskFull at once: certainly not done.
         """
-        group = self._groups.get(group_id)
-        if group is None:
-            self._tell(done, self._no_group(group_id))
-        else:
+        group = self._group_for(group_id, done)
+        if group is not None:
             group.propose(command, done)
             self._active[group_id] = None
         if self._told:
@@ -177,11 +175,20 @@ class NodeCore:
 
     def read_index(self, group_id: str, done: Callable[[int | AgentMemError], None]) -> None:
         """On any replica: `done(index)` once a quorum confirmed it *and* it is applied here."""
-        group = self._groups.get(group_id)
-        if group is None:
-            self._tell(done, self._no_group(group_id))
-        else:
+        group = self._group_for(group_id, done)
+        if group is not None:
             group.read_index(done)
+            self._active[group_id] = None
+        if self._told:
+            self._tell_all()
+
+    def when_applied(
+        self, group_id: str, index: int, done: Callable[[int | AgentMemError], None]
+    ) -> None:
+        """`done(index)` once that entry is applied here."""
+        group = self._group_for(group_id, done)
+        if group is not None:
+            group.when_applied(index, done)
             self._active[group_id] = None
         if self._told:
             self._tell_all()
@@ -287,6 +294,14 @@ class NodeCore:
     def status(self, group_id: str) -> GroupStatus:
         return self._groups[group_id].status()
 
+    def is_leader(self, group_id: str) -> bool:
+        group = self._groups.get(group_id)
+        return group is not None and group.member.is_leader
+
+    def leader(self, group_id: str) -> str | None:
+        group = self._groups.get(group_id)
+        return None if group is None else group.member.leader
+
     def needs_reseed(self, group_id: str) -> bool:
         """This replica is so far behind that no log has what it lacks: a new epoch must be founded."""
         return self._groups[group_id].needs_reseed
@@ -359,10 +374,20 @@ class NodeCore:
         finally:
             self._telling = False
 
-    def _no_group(self, group_id: str) -> WrongShard:
-        return WrongShard(
-            f"group {group_id} is not on node {self.node_id}", hint="Refresh the shard map."
-        )
+    def _group_for(self, group_id: str, done: Callable[[Any], None]) -> Group | None:
+        group = self._groups.get(group_id)
+        if self.fatal is not None:
+            self._tell(done, ShuttingDown(f"node {self.node_id} has failed and is stopping"))
+            return None
+        if group is None:
+            self._tell(
+                done,
+                WrongShard(
+                    f"group {group_id} is not on node {self.node_id}",
+                    hint="Refresh the shard map.",
+                ),
+            )
+        return group
 
     def _fail(self, error: BaseException) -> None:
         if self.fatal is None:

@@ -54,9 +54,7 @@ _SHAPES: dict[int, tuple[type, ...]] = {
     Kind.RESEED: (_INT,),
 }
 # Kinds whose first field is the boot of the node that asked.
-ANSWERS = frozenset(
-    kind for kind, shape in _SHAPES.items() if shape and shape[0] is bytes
-)
+ANSWERS = frozenset(kind for kind, shape in _SHAPES.items() if shape and shape[0] is bytes)
 HEAD = 5
 _HEAD_SHAPE: tuple[type, ...] = (int, str, int, bytes, int)
 

@@ -109,11 +109,7 @@ class Group:
             self._proposals.add(command, done)
 
     def read_index(self, done: Callable[[int | AgentMemError], None]) -> None:
-        if len(self._reads) >= self._settings.queue_reads_max:
-            self._tell(
-                done,
-                Overloaded(f"{len(self._reads)} reads of group {self.spec.id} wait already"),
-            )
+        if self._reads_full(done):
             return
         self._reads.join(
             readindex.Local(
@@ -122,6 +118,26 @@ class Group:
                 expires_s=self._clock.monotonic() + self._settings.election_s_max,
             )
         )
+
+    def when_applied(self, index: int, done: Callable[[int | AgentMemError], None]) -> None:
+        if self._reads_full(done):
+            return
+        gone = ShuttingDown(f"group {self.spec.id} is no longer served here")
+        self._reads.join_applied(
+            index,
+            readindex.Local(
+                done=lambda at: self._tell(done, at),
+                failed=lambda: self._tell(done, gone),
+                expires_s=NEVER,
+            ),
+        )
+
+    def _reads_full(self, done: Callable[[Any], None]) -> bool:
+        waiting = len(self._reads)
+        if waiting < self._settings.queue_reads_max:
+            return False
+        self._tell(done, Overloaded(f"{waiting} reads of group {self.spec.id} wait already"))
+        return True
 
     def read_now(self) -> int | None:
         """The read index, if this node alone is a quorum that may confirm it at once."""
@@ -186,9 +202,7 @@ class Group:
         previous, previous_term, commit, self._floor, terms, commands = frame[HEAD:]
         self._heard_s = self._clock.monotonic()
         self._prevote.close()
-        verdict = reconcile(
-            self.log, member.commit_index, previous, previous_term, terms, commands
-        )
+        verdict = reconcile(self.log, member.commit_index, previous, previous_term, terms, commands)
         boot = frame[3]
         message = {
             "type": "append_entries",
@@ -392,9 +406,7 @@ class Group:
         self.member.forget_leader()
         round_ = self._prevote.begin()
         for peer in self._up:
-            self._say(
-                peer, Kind.ASK_PREVOTE, round_, log.last_index, log.term_at(log.last_index)
-            )
+            self._say(peer, Kind.ASK_PREVOTE, round_, log.last_index, log.term_at(log.last_index))
 
     def _tick_leader(self, now_s: float) -> None:
         member = self.member
@@ -449,7 +461,8 @@ class Group:
         self.member.applied(self._applier.applied_index)
         for done, outcome in self._proposals.applied(entries, results):
             self._tell(done, outcome)
-        return self._applier.applied_index < min(self.member.commit_index, self.log.durable_index)
+        last = min(self.member.commit_index, self.log.durable_index)
+        return bool(self._applier.applied_index < last)
 
     def _tick_reads(self, now_s: float) -> None:
         reads = self._reads
@@ -482,7 +495,9 @@ class Group:
 
     def checkpointed(self, job: Any) -> bool:
         self._applier.checkpointed(job)
-        return self._applier.compact(self._floor if self._leading is None else self._leading.floor())
+        return self._applier.compact(
+            self._floor if self._leading is None else self._leading.floor()
+        )
 
     # -- view --
 

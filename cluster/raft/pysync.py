@@ -191,22 +191,22 @@ class _Facade:
             self._log.append(self.added)
             self.added = []
 
-    def setCurrentTerm(self, term: int, vote: str | None) -> None:  # noqa: N802
+    def setCurrentTerm(self, term: int, vote: str | None) -> None:
         if (term, vote) != (self._log.term, self._log.vote):
             self._log.set_vote(term, vote)
             self._mark()
 
-    def getCurrentTerm(self) -> int:  # noqa: N802
+    def getCurrentTerm(self) -> int:
         return self._log.term
 
-    def getVotedForNodeId(self) -> str | None:  # noqa: N802
+    def getVotedForNodeId(self) -> str | None:
         return self._log.vote
 
-    def getRaftCommitIndex(self) -> int:  # noqa: N802
+    def getRaftCommitIndex(self) -> int:
         return 0  # set from the state machine right after
 
-    def setRaftCommitIndex(self, index: int) -> None: ...  # noqa: N802
-    def onOneSecondTimer(self) -> None: ...  # noqa: N802
+    def setRaftCommitIndex(self, index: int) -> None: ...
+    def onOneSecondTimer(self) -> None: ...
     def _destroy(self) -> None: ...
 
 
@@ -220,7 +220,7 @@ class _SyncObj(SyncObj):  # type: ignore[misc]
         self.counting = False
         super().__init__(me, others, conf, transport=wire)
 
-    def _onTick(self, timeToWait: float = 0.0) -> None:  # noqa: N802, N803
+    def _onTick(self, timeToWait: float = 0.0) -> None:
         self.in_tick = True
         self.counting = self._SyncObj__raftState == 2
         try:
@@ -228,17 +228,17 @@ class _SyncObj(SyncObj):  # type: ignore[misc]
         finally:
             self.in_tick = self.counting = False
 
-    def _SyncObj__getCurrentLogIndex(self) -> int:  # noqa: N802
+    def _SyncObj__getCurrentLogIndex(self) -> int:
         log = self.member.log
         if self.counting:
             return min(log.durable_index, log.last_index)
         return log.last_index + len(self.member.facade.added)
 
-    def _SyncObj__getCurrentLogTerm(self) -> int:  # noqa: N802
+    def _SyncObj__getCurrentLogTerm(self) -> int:
         added, log = self.member.facade.added, self.member.log
         return added[-1].term if added else log.term_at(log.last_index)
 
-    def _SyncObj__getEntries(self, first: int, *_: Any, **__: Any) -> list[tuple[bytes, int, int]]:  # noqa: N802
+    def _SyncObj__getEntries(self, first: int, *_: Any, **__: Any) -> list[tuple[bytes, int, int]]:
         """Only ever the one entry, without its command: pysyncobj wants the term.
 
         It would delete whatever it saw after it, whether it conflicts or not (D1).
@@ -248,17 +248,17 @@ class _SyncObj(SyncObj):  # type: ignore[misc]
             return []
         return [(b"", first, log.term_at(first))]
 
-    def _SyncObj__deleteEntriesFrom(self, index: int) -> None:  # noqa: N802
+    def _SyncObj__deleteEntriesFrom(self, index: int) -> None:
         raise AssertionError("only the group truncates, on a real conflict of terms")
 
-    def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
+    def _SyncObj__applyLogEntries(self) -> bool:
         self.counting = False
         return False
 
-    def _SyncObj__sendAppendEntries(self) -> None:  # noqa: N802
+    def _SyncObj__sendAppendEntries(self) -> None:
         self._SyncObj__newAppendEntriesTime = float("inf")  # the group keeps the heartbeat
 
-    def _SyncObj__onBecomeLeader(self) -> None:  # noqa: N802
+    def _SyncObj__onBecomeLeader(self) -> None:
         facade = self.member.facade
         super()._SyncObj__onBecomeLeader()
         # Its no-op is a byte that a user's command might be; ours is the empty command.
@@ -266,8 +266,8 @@ class _SyncObj(SyncObj):  # type: ignore[misc]
         facade.commit_added()
         self.counting = self.in_tick
 
-    def _checkCommandsToApply(self) -> None: ...  # noqa: N802
-    def _SyncObj__tryLogCompaction(self) -> None: ...  # noqa: N802
+    def _checkCommandsToApply(self) -> None: ...
+    def _SyncObj__tryLogCompaction(self) -> None: ...
 
 
 _ROLES = (Role.FOLLOWER, Role.CANDIDATE, Role.LEADER)
@@ -369,7 +369,7 @@ class Member:
         self._so._SyncObj__raftElectionDeadline = self.clock.monotonic() + seconds
 
     def campaign(self) -> None:
-        """Stand for election now, in the next term. Votes were promised, or a leader asked for it."""
+        """Stand for election in the next term: votes were promised, or the leader asked for it."""
         self._so._SyncObj__raftElectionDeadline = float("-inf")
         self.tick()
         self._so._SyncObj__transferInProgress = False

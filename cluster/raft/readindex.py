@@ -34,7 +34,7 @@ class Remote(NamedTuple):
 
 class Answer(NamedTuple):
     to: Remote
-    index: int
+    read_index: int
 
 
 class ReadIndex:
@@ -103,7 +103,7 @@ class ReadIndex:
     def _finish(self) -> list[Answer]:
         self._round_open = False
         for read in self._round_local:
-            self._confirm(read, self._round_index)
+            self.join_applied(self._round_index, read)
         answers = [Answer(remote, self._round_index) for remote in self._round_remote]
         self._round_local, self._round_remote = [], []
         return answers
@@ -126,7 +126,7 @@ class ReadIndex:
         if number != self._asked or index < 0:
             return  # an older question, or a leader that cannot say: the retry asks again
         for read in self._asked_local:
-            self._confirm(read, index)
+            self.join_applied(index, read)
         self._asked_local = []
 
     # -- both --
@@ -137,6 +137,11 @@ class ReadIndex:
         self._round_local, self._asked_local, self._round_remote = [], [], []
         self._remote.clear()
         self._round_open = False
+
+    def join_applied(self, index: int, read: Local) -> None:
+        """A read whose index is known already, a token's: it only waits to be applied here."""
+        self._sequence += 1
+        heapq.heappush(self._to_apply, (index, self._sequence, read))
 
     def applied(self, index: int) -> None:
         while self._to_apply and self._to_apply[0][0] <= index:
@@ -171,7 +176,3 @@ class ReadIndex:
 
     def _unconfirmed(self) -> list[Local]:
         return [*self._waiting, *self._round_local, *self._asked_local]
-
-    def _confirm(self, read: Local, index: int) -> None:
-        self._sequence += 1
-        heapq.heappush(self._to_apply, (index, self._sequence, read))

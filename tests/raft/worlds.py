@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
+
 from agentmem_cluster.raft.api import Entry, GroupSpec, Role
 from agentmem_cluster.raft.core import NodeCore, Ready
 from agentmem_cluster.raft.settings import RaftSettings
@@ -235,7 +236,9 @@ class World:
             self.settings,
         )
         for group in self.groups:
-            core.add_group(GroupSpec(group, 1, tuple(sorted(self.names))), self.machines[name, group])
+            core.add_group(
+                GroupSpec(group, 1, tuple(sorted(self.names))), self.machines[name, group]
+            )
         self.cores[name] = core
         self.pending.pop(name, None)
         self.down.discard(name)
