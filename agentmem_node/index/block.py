@@ -1,0 +1,216 @@
+"""A block: everything needed to rank the memories of one owner (or of a tenant on this shard).
+
+Built from the store on first use, then kept up to date change by change. What a search finds
+depends on the memories alone, not on how the block came to hold them: an incremental block and
+a freshly built one rank alike (a property test says so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from agentmem_node.index.analysis import Analyzer
+from agentmem_node.index.columns import Coded, Columns, Floats, Ints
+from agentmem_node.index.defaults import RankingDefaults
+from agentmem_node.index.postings import Postings
+from agentmem_node.index.runs import RunLinks
+from agentmem_node.index.source import IndexDoc
+from agentmem_node.index.vectors import VectorRows
+from agentmem_node.model.filters import metadata_value
+
+# Dead rows cost scan time; beyond this share (and a few) the block is packed.
+_DEAD_SHARE_MAX: Final = 0.2
+_DEAD_ROWS_MIN: Final = 64
+_BUILD_DOCS: Final = 1_024
+# Metadata paths that filters have asked for and that are kept as columns.
+_METADATA_COLUMNS_MAX: Final = 16
+
+
+class Block:
+    def __init__(self, dim: int, analyzer: Analyzer, defaults: RankingDefaults) -> None:
+        self.columns = Columns()
+        self.postings = Postings()
+        self.links = RunLinks()
+        self.vectors = VectorRows(dim)
+        self.terms_total = 0  # over live memories: the average length is exact
+        self.generation = 0  # counts changes
+        self._analyzer = analyzer
+        self._defaults = defaults
+        self._context: tuple[int, Floats, Floats, Floats] | None = None
+
+    @classmethod
+    def build(
+        cls, docs: Iterable[IndexDoc], count: int, dim: int, analyzer: Analyzer,
+        defaults: RankingDefaults,
+    ) -> Block:  # fmt: skip
+        """`docs` in `doc` order; `count` is a hint of how many."""
+        block = cls(dim, analyzer, defaults)
+        block.columns.reserve(count + 1)
+        block.vectors.reserve(count + 1, used=1)
+        remaining = iter(docs)
+        while part := list(islice(remaining, _BUILD_DOCS)):
+            block.put(part)
+        block.postings.merge()
+        return block
+
+    def put(self, docs: Sequence[IndexDoc]) -> None:
+        """Add memories, or replace those whose `doc` is known."""
+        self.generation += 1
+        newest = int(self.columns.doc[self.columns.n - 1])
+        fresh: list[IndexDoc] = []
+        for doc in docs:
+            if doc.doc > newest:
+                fresh.append(doc)
+                newest = doc.doc
+                continue
+            # Either in the block, or earlier in this very batch.
+            self._append(fresh)
+            fresh = []
+            self._replace(doc)
+        self._append(fresh)
+
+    def remove(self, doc: int) -> None:
+        row = self.columns.row_of(doc)
+        if row is not None and self.columns.is_live[row]:
+            self.generation += 1
+            self._clear(row)
+            self._pack_if_sparse()
+
+    @property
+    def average_length(self) -> float:
+        return self.terms_total / self.columns.live if self.terms_total else 1.0
+
+    def context(self) -> tuple[Floats, Floats, Floats]:
+        """Of every row: length seen with neighbours, 1 / sum of weights present, trust in length."""
+        if self._context is None or self._context[0] != self.generation:
+            n = self.columns.n
+            length = self.columns.length[:n].astype(np.float64)
+            trust = length / (length + self._defaults.length_half)
+            if self.links.has_links:
+                ones = np.ones(n)
+                ones[0] = 0.0
+                present = self.with_neighbours(ones)
+                present[0] = 1.0
+                seen = self.with_neighbours(length)
+                seen /= present
+                self._context = (self.generation, seen, 1.0 / present, trust)
+            else:
+                self._context = (self.generation, length, np.ones(n), trust)
+        return self._context[1:]
+
+    def with_neighbours(self, values: Floats) -> Floats:
+        """values + weights * the values of the neighbours; values[0], of no memory, must be 0."""
+        n = self.columns.n
+        near, far = self._defaults.context_weights
+        before, after = self.links.before[:n], self.links.after[:n]
+        # Added in pairs of the same distance: a + b is b + a, whatever the direction.
+        lent = values[before] + values[after]
+        lent *= near
+        further = values[before[before]] + values[after[after]]
+        further *= far
+        lent += further
+        lent += values
+        return lent
+
+    def metadata_column(self, path: str, read: Callable[[int], Mapping[str, Any]]) -> Coded:
+        """The column of `metadata.path`, read from the store (`read(doc)`: the record) at first."""
+        columns = self.columns
+        column = columns.metadata.get(path)
+        if column is None:
+            if len(columns.metadata) >= _METADATA_COLUMNS_MAX:
+                del columns.metadata[next(iter(columns.metadata))]
+            column = Coded(columns.capacity)
+            for row in np.flatnonzero(columns.is_live[: columns.n]).tolist():
+                metadata = read(int(columns.doc[row])).get("metadata") or {}
+                column.codes[row] = metadata_code(column, metadata, path)
+            columns.metadata[path] = column
+        return column
+
+    def bytes_used(self) -> int:
+        context = 0 if self._context is None else 24 * self.columns.n
+        return (
+            self.columns.bytes_used()
+            + self.postings.bytes_used()
+            + self.links.bytes_used()
+            + self.vectors.bytes_used()
+            + context
+        )
+
+    # -- changing -----------------------------------------------------------------------
+
+    def _append(self, docs: Sequence[IndexDoc]) -> None:
+        if not docs:
+            return
+        used = self.columns.n
+        rows = self.columns.append(docs)
+        self.vectors.reserve(self.columns.n, used)
+        self.links.reserve(self.columns.n)
+        self._index(range(rows.start, rows.stop), docs)
+
+    def _replace(self, doc: IndexDoc) -> None:
+        row = self.columns.row_of(doc.doc)
+        if row is None:
+            # A doc number below the newest that was never seen: its add was packed away since.
+            raise ValueError(f"doc {doc.doc} is neither new nor known")
+        if self.columns.is_live[row]:
+            self._clear(row)
+        self.columns.replace(row, doc)
+        self._index([row], [doc])
+
+    def _index(self, rows: Sequence[int], docs: Sequence[IndexDoc]) -> None:
+        """Terms, vectors and links of rows whose columns are filled."""
+        terms = [self._analyzer.keys(doc.memory.content) for doc in docs]
+        lengths = [len(t) for t in terms]
+        self.columns.length[rows[0] : rows[-1] + 1] = lengths
+        self.terms_total += sum(lengths)
+        self.postings.add(rows, terms)
+        if self.vectors.dim:
+            held = [(row, doc.vector) for row, doc in zip(rows, docs, strict=True) if doc.vector]
+            if held:
+                floats = np.frombuffer(b"".join([v for _, v in held if v]), dtype="<f4")
+                at: Ints = np.array([row for row, _ in held], dtype=np.int64)
+                self.vectors.put(at, floats.reshape(len(held), self.vectors.dim))
+        for row, doc in zip(rows, docs, strict=True):
+            memory = doc.memory
+            if memory.run_id is not None:
+                self.links.insert(row, memory.scope.owner, memory.run_id, self.columns)
+        for path, column in self.columns.metadata.items():
+            for row, doc in zip(rows, docs, strict=True):
+                column.codes[row] = metadata_code(column, doc.memory.metadata, path)
+
+    def _clear(self, row: int) -> None:
+        self.terms_total -= int(self.columns.length[row])
+        self.columns.kill(row)
+        self.postings.remove(row)
+        self.links.remove(row)
+        if self.vectors.dim:
+            self.vectors.clear(row)
+
+    def _pack_if_sparse(self) -> None:
+        dead = self.columns.n - 1 - self.columns.live
+        if dead < _DEAD_ROWS_MIN or dead < _DEAD_SHARE_MAX * self.columns.n:
+            return
+        n = self.columns.n
+        kept: Ints = np.concatenate(
+            [np.zeros(1, dtype=np.int64), np.flatnonzero(self.columns.is_live[:n])]
+        )
+        new_row: Ints = np.zeros(n, dtype=np.int64)
+        new_row[kept] = np.arange(len(kept))
+        self.postings.renumber(new_row)
+        self.links.renumber(kept, new_row)
+        self.vectors.keep(kept)
+        self.columns.keep(kept)
+
+
+def metadata_code(column: Coded, metadata: Mapping[str, Any], path: str) -> int:
+    """The number of the value at `path`; values are told apart by their JSON."""
+    value = metadata_value(metadata, path)
+    return 0 if value is None else column.code(_canonical.encode(value), value)
+
+
+_canonical: Final = msgspec.json.Encoder(order="sorted")

@@ -1,0 +1,166 @@
+"""Filters as masks: which rows of a block may be ranked at all, decided before ranking.
+
+Columns of few distinct values (ids, types, categories, metadata) are tested once a distinct
+value; numbers are compared a column at a time. `agentmem_node.model.filters` says what the
+operators mean, for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from agentmem_node.index.block import Block
+from agentmem_node.index.columns import MEMORY_TYPES, NEVER_MS, Bools, Coded, Floats, Ints
+from agentmem_node.model.filters import (
+    METADATA_PREFIX,
+    SCOPE_FIELDS,
+    TIME_FIELDS,
+    And,
+    Compare,
+    Filter,
+    Or,
+    holds,
+)
+from agentmem_node.model.ids import format_id
+from agentmem_node.model.memory import Scope
+
+ReadMemory = Callable[[int], Mapping[str, Any]]
+"""The stored record of a doc; asked only where no column answers."""
+
+
+def candidates(
+    block: Block, scope: Scope, owner: str | None, tree: Filter | None, now_ms: int,
+    read: ReadMemory,
+) -> Bools | None:  # fmt: skip
+    """Rows that may be ranked; None: all but row 0.
+
+    `owner`: whose block it is, so that what it has in common need not be tested again.
+    """
+    columns = block.columns
+    n = columns.n
+    mask: Bools | None = None
+    if columns.live != n - 1:
+        mask = columns.is_live[:n]
+    if columns.expires_ms_min <= now_ms:
+        mask = _both(mask, columns.expires_ms[:n] > now_ms)
+    for field in SCOPE_FIELDS:
+        value = getattr(scope, field)
+        if value is None or (field == "user_id" and owner == f"user:{value}"):
+            continue
+        column = columns.coded[field]
+        code = column.find(value)
+        mask = _both(mask, np.zeros(n, dtype=np.bool_) if code is None else column.codes[:n] == code)
+    if tree is not None:
+        within = np.ones(n, dtype=np.bool_) if mask is None else mask.copy()
+        within[0] = False
+        mask = _Evaluator(block, read).mask(tree, within)
+    return mask
+
+
+class _Evaluator:
+    """`mask(tree, within)`: the rows of `within` that pass. Never looks at other rows, so that
+    the costly tests (content is read from the store) come to few."""
+
+    def __init__(self, block: Block, read: ReadMemory) -> None:
+        self._block = block
+        self._read = read
+
+    def mask(self, tree: Filter, within: Bools) -> Bools:
+        if isinstance(tree, Compare):
+            return self._compare(tree, within)
+        if isinstance(tree, And):
+            for part in sorted(tree.parts, key=_cost):
+                within = self.mask(part, within)
+            return within
+        if isinstance(tree, Or):
+            found: Bools = np.zeros(len(within), dtype=np.bool_)
+            for part in sorted(tree.parts, key=_cost):
+                found |= self.mask(part, within & ~found)
+            return found
+        return within & ~self.mask(tree.part, within)
+
+    def _compare(self, test: Compare, within: Bools) -> Bools:
+        columns = self._block.columns
+        n = len(within)
+        field = test.field
+        if field in columns.coded:
+            return within & _tested(columns.coded[field], test, n)
+        if field.startswith(METADATA_PREFIX):
+            path = field[len(METADATA_PREFIX) :]
+            return within & _tested(self._block.metadata_column(path, self._read), test, n)
+        if field == "memory_type":
+            table = np.array([holds(test.op, name, test.value) for name in MEMORY_TYPES])
+            return within & table[columns.memory_type[:n]]
+        if field == "importance":
+            return within & _numbers(columns.importance[:n], test)
+        if field in TIME_FIELDS:
+            times: Ints = getattr(columns, field.replace("_at", "_ms"))[:n]
+            if field != "expires_at":
+                return within & _numbers(times, test)
+            is_set = times != NEVER_MS
+            if test.op == "exists":
+                return within & (is_set == test.value)
+            if test.op in ("ne", "nin"):
+                return within & (~is_set | _numbers(times, test))
+            return within & is_set & _numbers(times, test)
+        found: Bools = np.zeros(n, dtype=np.bool_)
+        for row in np.flatnonzero(within).tolist():
+            if field == "id":
+                found[row] = holds(test.op, self._id(row), test.value)
+            else:
+                record = self._read(int(columns.doc[row]))
+                found[row] = holds(test.op, record[field], test.value)
+        return found
+
+    def _id(self, row: int) -> str:
+        columns = self._block.columns
+        high, low = int(columns.id_high[row]), int(columns.id_low[row])
+        return format_id(high.to_bytes(8, "big") + low.to_bytes(8, "big"))
+
+
+def _tested(column: Coded, test: Compare, n: int) -> Bools:
+    values = column.values
+    table = np.fromiter((holds(test.op, v, test.value) for v in values), np.bool_, len(values))
+    mask: Bools = table[column.codes[:n]]
+    return mask
+
+
+def _numbers(column: Ints | Floats, test: Compare) -> Bools:
+    op, value = test.op, test.value
+    mask: Bools
+    if op == "eq":
+        mask = column == value
+    elif op == "ne":
+        mask = column != value
+    elif op == "gt":
+        mask = column > value
+    elif op == "gte":
+        mask = column >= value
+    elif op == "lt":
+        mask = column < value
+    elif op == "lte":
+        mask = column <= value
+    elif op == "in":
+        mask = np.isin(column, value)
+    elif op == "nin":
+        mask = ~np.isin(column, value)
+    else:  # exists: these columns always have a value
+        mask = np.full(len(column), test.value)
+    return mask
+
+
+def _cost(tree: Filter) -> int:
+    if isinstance(tree, Compare):
+        if tree.field == "content":
+            return 3
+        return 2 if tree.field == "id" or tree.field.startswith(METADATA_PREFIX) else 0
+    if isinstance(tree, And | Or):
+        return max(map(_cost, tree.parts), default=0)
+    return _cost(tree.part)
+
+
+def _both(mask: Bools | None, other: Bools) -> Bools:
+    return other if mask is None else mask & other

@@ -1,0 +1,176 @@
+"""Which memories of a block hold which terms, and how often.
+
+A sorted base (one run of rows a term) and a short unsorted tail for what came since; the tail
+is merged when a search finds it long. Removing a memory zeroes its entries and counts down the
+document frequencies, so that these are always exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agentmem_node.index.columns import Ints, grown
+
+_TAIL_MIN: Final = 2_048
+_COUNT_MAX: Final = 255
+
+Keys = npt.NDArray[np.uint64]
+
+
+class Matches(NamedTuple):
+    """One entry per (term, memory): the position of the term among those asked, row, count > 0."""
+
+    term: Ints
+    row: Ints
+    count: npt.NDArray[np.float64]
+
+
+class Postings:
+    def __init__(self) -> None:
+        self._keys: Keys = np.zeros(0, dtype=np.uint64)
+        self._starts: Ints = np.zeros(1, dtype=np.int64)
+        self._frequencies = np.zeros(0, dtype=np.int32)
+        self._rows = np.zeros(0, dtype=np.int32)
+        self._counts = np.zeros(0, dtype=np.uint8)
+        self._has_zeroed = False
+        self._tail_keys: Keys = np.zeros(64, dtype=np.uint64)
+        self._tail_rows = np.zeros(64, dtype=np.int32)
+        self._tail_counts = np.zeros(64, dtype=np.uint8)
+        self._tail = 0
+
+    def add(self, rows: Sequence[int], terms: Sequence[Sequence[int]]) -> None:
+        """The terms (keys, with repetitions) of each of `rows`, which have no entries now."""
+        keys: list[int] = []
+        at: list[int] = []
+        counts: list[int] = []
+        for row, row_terms in zip(rows, terms, strict=True):
+            if len(set(row_terms)) == len(row_terms):
+                keys += row_terms
+                at += [row] * len(row_terms)
+                counts += [1] * len(row_terms)
+                continue
+            tally: dict[int, int] = {}
+            for key in row_terms:
+                tally[key] = tally.get(key, 0) + 1
+            keys += tally
+            at += [row] * len(tally)
+            counts += [min(count, _COUNT_MAX) for count in tally.values()]
+        end = self._tail + len(keys)
+        if end > len(self._tail_keys):
+            capacity = end + end // 2
+            self._tail_keys = grown(self._tail_keys, self._tail, capacity)
+            self._tail_rows = grown(self._tail_rows, self._tail, capacity)
+            self._tail_counts = grown(self._tail_counts, self._tail, capacity)
+        self._tail_keys[self._tail : end] = keys
+        self._tail_rows[self._tail : end] = at
+        self._tail_counts[self._tail : end] = counts
+        self._tail = end
+
+    def remove(self, row: int) -> None:
+        """Forget what `row` holds."""
+        at = np.flatnonzero(self._rows == row)
+        if len(at):
+            at = at[self._counts[at] > 0]
+            self._counts[at] = 0
+            self._frequencies[self._starts.searchsorted(at, side="right") - 1] -= 1
+            self._has_zeroed = True
+        tail = slice(0, self._tail)
+        self._tail_counts[tail][self._tail_rows[tail] == row] = 0
+
+    def frequencies(self, keys: Sequence[int]) -> list[int]:
+        """In how many memories each term occurs."""
+        found = [0] * len(keys)
+        if len(self._keys):
+            wanted = np.array(keys, dtype=np.uint64)
+            at = self._keys.searchsorted(wanted)
+            at[at == len(self._keys)] = 0
+            found = np.where(self._keys[at] == wanted, self._frequencies[at], 0).tolist()
+        if self._tail:
+            tail, counts = self._tail_keys[: self._tail], self._tail_counts[: self._tail]
+            for position, key in enumerate(keys):
+                found[position] += int(np.count_nonzero(counts[tail == np.uint64(key)]))
+        return found
+
+    def matches(self, keys: Sequence[int]) -> Matches:
+        """The entries of the terms, by term; within a term by row, those of the tail last."""
+        if self._tail > max(_TAIL_MIN, len(self._rows) // 8):
+            self.merge()
+        rows: list[npt.NDArray[Any]] = []
+        counts: list[npt.NDArray[Any]] = []
+        lengths = [0] * len(keys)
+        if len(self._keys):
+            wanted = np.array(keys, dtype=np.uint64)
+            at = self._keys.searchsorted(wanted)
+            at[at == len(self._keys)] = 0
+            known = (self._keys[at] == wanted).tolist()
+            starts, ends = self._starts[at].tolist(), self._starts[at + 1].tolist()
+        else:
+            known, starts, ends = [False] * len(keys), [], []
+        tail_keys, tail_rows = self._tail_keys[: self._tail], self._tail_rows
+        for position, key in enumerate(keys):
+            if known[position]:
+                span = slice(starts[position], ends[position])
+                rows.append(self._rows[span])
+                counts.append(self._counts[span])
+                lengths[position] = ends[position] - starts[position]
+            if self._tail:
+                in_tail = (tail_keys == np.uint64(key)).nonzero()[0]
+                if len(in_tail):
+                    rows.append(tail_rows[in_tail])
+                    counts.append(self._tail_counts[in_tail])
+                    lengths[position] += len(in_tail)
+        if not rows:
+            nothing = np.zeros(0, dtype=np.int64)
+            return Matches(nothing, nothing, np.zeros(0))
+        term = np.arange(len(keys)).repeat(lengths)
+        row = np.concatenate(rows, dtype=np.int64)
+        count = np.concatenate(counts, dtype=np.float64)
+        if self._has_zeroed or self._tail:
+            held = count > 0
+            if not held.all():
+                return Matches(term[held], row[held], count[held])
+        return Matches(term, row, count)
+
+    def merge(self) -> None:
+        """Bring the tail into the base, and drop zeroed entries."""
+        keys = np.concatenate(
+            [self._keys.repeat(np.diff(self._starts)), self._tail_keys[: self._tail]]
+        )
+        rows = np.concatenate([self._rows, self._tail_rows[: self._tail]])
+        counts = np.concatenate([self._counts, self._tail_counts[: self._tail]])
+        self._rebuild(keys, rows, counts)
+
+    def renumber(self, new_row: Ints) -> None:
+        """Rows become `new_row[row]`; those that become 0 are forgotten."""
+        self.merge()
+        rows = new_row[self._rows].astype(np.int32)
+        keys = self._keys.repeat(np.diff(self._starts))
+        self._rebuild(keys, rows, np.where(rows > 0, self._counts, 0).astype(np.uint8))
+
+    def _rebuild(
+        self, keys: Keys, rows: npt.NDArray[np.int32], counts: npt.NDArray[np.uint8]
+    ) -> None:
+        if not counts.all():
+            held = counts > 0
+            keys, rows, counts = keys[held], rows[held], counts[held]
+        order = np.lexsort((rows, keys))
+        keys = keys[order]
+        self._rows, self._counts = rows[order], counts[order]
+        first = np.ones(len(keys), dtype=np.bool_)
+        first[1:] = keys[1:] != keys[:-1]
+        starts = first.nonzero()[0]
+        self._keys = keys[starts]
+        self._starts = np.append(starts, len(keys)).astype(np.int64)
+        self._frequencies = np.diff(self._starts).astype(np.int32)
+        self._has_zeroed = False
+        self._tail = 0
+        self._tail_keys = np.zeros(64, dtype=np.uint64)
+        self._tail_rows = np.zeros(64, dtype=np.int32)
+        self._tail_counts = np.zeros(64, dtype=np.uint8)
+
+    def bytes_used(self) -> int:
+        return 20 * len(self._keys) + 5 * len(self._rows) + 13 * len(self._tail_keys)

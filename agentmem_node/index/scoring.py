@@ -1,0 +1,154 @@
+"""One leg, one number between 0 and 1 for every row of a block.
+
+Each is a function of the memory, its neighbours in the run, the query and the statistics given,
+in this order of operations whatever the layout of the block: equal inputs, equal bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from agentmem_node.index.block import Block
+from agentmem_node.index.columns import Floats, Ints
+from agentmem_node.index.defaults import RankingDefaults
+from agentmem_node.index.postings import Matches
+from agentmem_node.index.vectors import QueryVector
+
+
+@dataclass(frozen=True, slots=True)
+class TextStats:
+    """What BM25 must know of all memories searched: of an owner, or of a tenant over its shards."""
+
+    memories: int
+    terms_total: int
+    frequencies: tuple[int, ...]  # of the query's terms, in the order of `query_keys`
+
+    def to_wire(self) -> list[Any]:
+        return [self.memories, self.terms_total, list(self.frequencies)]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> TextStats:
+        return cls(wire[0], wire[1], tuple(wire[2]))
+
+
+def merge_stats(parts: Sequence[TextStats]) -> TextStats:
+    """The statistics of several shards together."""
+    return TextStats(
+        sum(p.memories for p in parts),
+        sum(p.terms_total for p in parts),
+        tuple(map(sum, zip(*(p.frequencies for p in parts), strict=True))),
+    )
+
+
+def block_stats(block: Block, keys: Sequence[int]) -> TextStats:
+    return TextStats(
+        block.columns.live, block.terms_total, tuple(block.postings.frequencies(keys))
+    )
+
+
+def bm25_scores(
+    block: Block, keys: Sequence[int], stats: TextStats, defaults: RankingDefaults
+) -> Floats | None:
+    """BM25 over a memory's own words and those lent by its neighbours (BM25F), divided by the sum
+    of the terms' weights, which it can never reach; None when no term is known.
+
+    sum(idf * tf / (tf + k1 * (1 - b + b * length / average))) / sum(idf)
+    with idf = ln(1 + (N - df + .5) / (df + .5)), as Lucene and tantivy have it.
+    """
+    total = stats.memories
+    weights = [
+        math.log(1.0 + (total - df + 0.5) / (df + 0.5)) if df else 0.0 for df in stats.frequencies
+    ]
+    weight_sum = math.fsum(weights)
+    if not weight_sum:
+        return None
+    matches = block.postings.matches(keys)
+    n = block.columns.n
+    if not len(matches.row):
+        return np.zeros(n)
+    if block.links.has_links:
+        matches = _lend(block, matches, len(keys), defaults)
+    average = stats.terms_total / total
+    k1, b = defaults.bm25_k1, defaults.bm25_b
+    gain = block.context()[0][matches.row]
+    gain *= k1 * b / average
+    gain += k1 * (1.0 - b)
+    gain += matches.count
+    np.divide(matches.count, gain, out=gain)
+    gain *= np.array([w / weight_sum for w in weights])[matches.term]
+    scores: Floats = np.bincount(matches.row, gain, n)
+    return scores
+
+
+def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults) -> Matches:
+    """Counts with those of neighbours added. Who is my neighbour, I am theirs: so every entry is
+    dealt out to the rows around it."""
+    n = block.columns.n
+    before, after = block.links.before, block.links.after
+    near, far = defaults.context_weights
+    row = matches.row
+    left, right = before[row], after[row]
+    rows = np.concatenate([row, left, right, before[left], after[right]])
+    base = matches.term * n
+    cells = rows + np.concatenate([base] * 5)
+    count = matches.count
+    lent_near, lent_far = count * near, count * far
+    lent = np.concatenate([count, lent_near, lent_near, lent_far, lent_far])
+    if terms * n <= 16 * len(cells) + 65_536:
+        sums = np.bincount(cells, lent, terms * n)
+        held: Ints = sums.nonzero()[0]
+        sums = sums[held]
+    else:
+        held, inverse = np.unique(cells, return_inverse=True)
+        sums = np.bincount(inverse, lent, len(held))
+    term, at = np.divmod(held, n)
+    real = at > 0
+    if real.all():
+        return Matches(term, at, sums)
+    return Matches(term[real], at[real], sums[real])
+
+
+def vector_scores(block: Block, query: QueryVector, *, with_text: bool) -> Floats:
+    """Cosines by int8, floored at 0; with a text query also trust in length and neighbours.
+
+    A bare vector asks for the nearest vectors: then nothing else counts.
+    """
+    cosines = block.vectors.scan(query, block.columns.n)
+    np.maximum(cosines, 0.0, out=cosines)
+    if not with_text:
+        return cosines
+    _, share, trust = block.context()
+    cosines *= trust
+    if block.links.has_links:
+        cosines = block.with_neighbours(cosines)
+        cosines *= share
+    return cosines
+
+
+def exact_correction(
+    block: Block, query: QueryVector, rows: Ints, exact: Floats, *, with_text: bool
+) -> Floats:
+    """What to add to `vector_scores` of `rows` once their float32 cosines are known."""
+    change = np.maximum(exact, 0.0)
+    change -= np.maximum(block.vectors.gather(query, rows), 0.0)
+    if with_text:
+        _, share, trust = block.context()
+        change *= trust[rows]
+        if block.links.has_links:
+            change *= share[rows]
+    return change
+
+
+def recency_scores(block: Block, now_ms: int, defaults: RankingDefaults) -> Floats:
+    """1 for a memory of this moment, halved with every half-life."""
+    age = np.maximum(now_ms - block.columns.created_ms[: block.columns.n], 0)
+    return np.exp2(age / -float(defaults.recency_half_life_ms))
+
+
+def importance_scores(block: Block) -> Floats:
+    return block.columns.importance[: block.columns.n].copy()
