@@ -100,17 +100,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     deadline_ms_max: Annotated[
         int, Meta(ge=1, description="The longest deadline a request may name.")
     ] = 60_000
-    ledger_entries_max: Annotated[
-        int,
-        Meta(
-            ge=1,
-            description="Request ids remembered by each shard: a retried write under one of "
-            "them is answered from memory and takes effect once.",
-        ),
-    ] = 200_000
-    ledger_age_ms_max: Annotated[
-        int, Meta(ge=1_000, description="How long a request id is remembered.")
-    ] = 24 * 3_600_000
     disk_free_bytes_min: Annotated[
         int,
         Meta(

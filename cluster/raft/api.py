@@ -16,7 +16,7 @@ GROUP_META = "meta"
 class Entry(NamedTuple):
     """One committed command. Entries of a group have consecutive indexes."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index, which nobody calls on an entry
     term: int
     command: bytes
 
@@ -78,7 +78,7 @@ class GroupSpec:
 class Applied(NamedTuple):
     """The outcome of a proposal that was applied on this node."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     term: int
     result: Any
 
@@ -98,3 +98,5 @@ class GroupStatus:
     first_index: int
     match_index: dict[str, int]  # leader only
     queued: int
+    # The log that this replica misses is compacted everywhere: only a copy of the state helps.
+    needs_reseed: bool = False
