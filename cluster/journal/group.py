@@ -197,7 +197,7 @@ class GroupLog:
         return record
 
     def truncate_from(self, index: int) -> None:
-        """Drop entries index.., which conflict with the leader's. Raises ValueError below the first."""
+        """Drop entries index.., which conflict with the leader's. ValueError below the first."""
         if index > self.last_index:
             return
         if index < self.first_index:

@@ -125,16 +125,11 @@ class Journal:
                 continue
             if number == found.segment:
                 self._segments.file(number).datasync()
-            elif number != found.segment + 1 or not self._is_blank(number):
+            elif number != found.segment + 1 or number not in found.blank:
                 self._segments.remove(number)
         self._segments.disk.sync_dir(self.path)
         if found.sequence:
             self.mark(found.sequence)
-
-    def _is_blank(self, number: int) -> bool:
-        file, size = self._segments.file(number), self._segments.size(number)
-        magic = fmt.HEADER_BODY.pack(fmt.MAGIC, number, *[0] * 7)[:12]
-        return size >= self._segments.segment_bytes and magic not in file.pread(size, 0)
 
     # -- groups -------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from agentmem_cluster.journal.segments import Segments
 if TYPE_CHECKING:
     from agentmem_cluster.journal.journal import Journal
 
+_ZEROS_BYTES = 1 << 18
 _MAGIC_BYTES = 12  # magic and segment number, by which a block is looked for
 
 
@@ -37,6 +38,7 @@ class Recovered:
     blocks: int = 0
     cut_reason: str = ""  # why the rest of the last segment was cut; empty when nothing was
     next_number: int = 1
+    blank: set[int] = field(default_factory=set)  # segments without a trace of a block of theirs
 
 
 class _Damaged(Exception):
@@ -151,15 +153,19 @@ class _Walk:
 
     def _look_for_evidence(self, number: int, data: bytes, at: int) -> bool:
         """Blocks after the walk's end, whole or not; whole ones say how far was synced."""
+        at_start = at == 0
         magic = fmt.HEADER_BODY.pack(fmt.MAGIC, number, *[0] * 7)[:_MAGIC_BYTES]
         view = memoryview(data)
-        at = data.find(magic, at)
+        end = _end_of_data(data, at)
+        at = data.find(magic, at, end)
         remains = at >= 0
+        if not remains and at_start:
+            self._found.blank.add(number)
         while at >= 0:
             header = self._any_header(view, at, number)
             if header is not None:
                 self._proved = max(self._proved, header.synced)
-            at = data.find(magic, at + 1)
+            at = data.find(magic, at + 1, end)
         return remains
 
     # -- replaying ----------------------------------------------------------------------
@@ -221,6 +227,15 @@ class _Walk:
         replayed = {number: group.state() for number, group in self._found.groups.items()}
         if states != replayed:
             raise ValueError("the snapshot differs from what the blocks before it say")
+
+
+def _end_of_data(data: bytes, start: int) -> int:
+    """Where the zeros that were allocated ahead begin, roughly: comparing beats searching."""
+    zeros = bytes(_ZEROS_BYTES)
+    end = len(data)
+    while end - _ZEROS_BYTES > start and data[end - _ZEROS_BYTES : end] == zeros:
+        end -= _ZEROS_BYTES
+    return end
 
 
 def _replay_rare(kind: int, group: GroupLog, run: Run, content: bytes) -> None:
