@@ -303,7 +303,7 @@ class NodeCore:
         return None if group is None else group.member.leader
 
     def needs_reseed(self, group_id: str) -> bool:
-        """This replica is so far behind that no log has what it lacks: a new epoch must be founded."""
+        """This replica is so far behind that no log has what it lacks: only a re-seed helps."""
         return self._groups[group_id].needs_reseed
 
     def group_ids(self) -> list[str]:

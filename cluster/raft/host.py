@@ -77,7 +77,7 @@ class Host:
         self.wake()
 
     async def stop(self, *, transfer: bool = True) -> None:
-        """Hand leaderships over (best effort), then end the threads. The journal stays the caller's."""
+        """Hand leaderships over (best effort), then end the threads. The journal stays open."""
         if self._loop is None or self._stopped:
             return
         if transfer and self.core.fatal is None:
@@ -250,7 +250,7 @@ class AsyncGroup:
         return future.result()
 
     async def read_index(self, *, deadline: float) -> int:
-        """An index that is applied here and not older than anything acknowledged before the call."""
+        """An index applied here that is not older than anything acknowledged before the call."""
         index = self._core.read_now(self._id)
         if index is not None:
             return index

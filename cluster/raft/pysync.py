@@ -395,6 +395,18 @@ class Member:
         finally:
             _inside.member = before
 
+    def acknowledged(self, peer: str, index: int | None) -> None:
+        """A follower has everything up to `index`; None: it has answered, with a refusal."""
+        self.receive(
+            peer,
+            {
+                "type": "next_node_idx",
+                "reset": False,
+                "success": index is not None,
+                "next_node_idx": 1 if index is None else index + 1,
+            },
+        )
+
     def observe_term(self, term: int) -> None:
         """Somebody is in a later term: follow, without a leader and without a vote cast."""
         if term > self.term:

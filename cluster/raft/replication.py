@@ -10,7 +10,7 @@ then *fed*: appends leave without waiting for answers, up to a window.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -58,28 +58,26 @@ class Replication:
     """The followers of one leadership."""
 
     def __init__(
-        self, peers: Sequence[str], log: SourceLog, settings: RaftSettings, send: Send
+        self,
+        peers: Sequence[str],
+        up: Mapping[str, None],
+        log: SourceLog,
+        settings: RaftSettings,
+        send: Send,
     ) -> None:
         self._log = log
         self._settings = settings
         self._send = send
-        # The no-op that begins the leadership is in the log already: it is the first thing sent.
+        self._up = up  # the group's: who is connected now
+        # The no-op that begins the leadership is in the log already: it is the first thing
+        # sent, to everybody at once. Who lacks what precedes it refuses, and is probed.
         self.peers = {peer: Progress(next_index=log.last_index) for peer in peers}
-        self._up: dict[str, None] = {}
         self.commit_index = 0  # what appends say is committed
 
     def connected(self, peer: str) -> None:
         """A new session: whatever was on its way is lost."""
         progress = self.peers[peer]
         progress.probe_from(max(progress.match_index + 1, progress.next_index))
-        self._up[peer] = None
-
-    def begin(self, peer: str) -> None:
-        """Up already when the leadership began: assume that it has what this node has."""
-        self._up[peer] = None
-
-    def disconnected(self, peer: str) -> None:
-        self._up.pop(peer, None)
 
     def appended(self, peer: str, index: int) -> bool:
         """An acknowledgement. False: it speaks of entries that this leader never had."""
