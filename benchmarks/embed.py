@@ -33,57 +33,15 @@ _BATCH = 100
 _IN_FLIGHT = 4
 _MODEL_BATCH = 32
 
-_OPENINGS = [
-    "Ana says",
-    "Ben noted that",
-    "Today",
-    "Last week",
-    "The team agreed that",
-    "Remember:",
-]
+_OPENINGS = ["Ana says", "Ben noted that", "Today", "Last week", "The team agreed", "Note:"]
+# fmt: off
 _WORDS = [
-    "the",
-    "tea",
-    "garden",
-    "river",
-    "meeting",
-    "project",
-    "deadline",
-    "coffee",
-    "dinner",
-    "music",
-    "travel",
-    "book",
-    "morning",
-    "train",
-    "friend",
-    "sister",
-    "office",
-    "kitchen",
-    "plan",
-    "budget",
-    "release",
-    "customer",
-    "ticket",
-    "answer",
-    "walk",
-    "winter",
-    "holiday",
-    "likes",
-    "moved",
-    "bought",
-    "finished",
-    "started",
-    "wants",
-    "cancelled",
-    "booked",
-    "prefers",
-    "found",
-    "was",
-    "near",
-    "before",
-    "after",
+    "tea", "garden", "river", "meeting", "project", "deadline", "coffee", "dinner", "music", "book",
+    "morning", "train", "friend", "sister", "office", "kitchen", "plan", "budget", "release", "was",
+    "customer", "ticket", "answer", "walk", "winter", "holiday", "likes", "moved", "bought", "near",
+    "finished", "started", "wants", "cancelled", "booked", "prefers", "found", "before", "after",
 ]
+# fmt: on
 
 
 def texts(count: int, seed: int) -> list[str]:
