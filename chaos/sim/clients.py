@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import ParamSpec, Protocol
+from typing import NamedTuple, ParamSpec, Protocol
 
 from agentmem_chaos.checker import Kind, Operation
 from agentmem_chaos.sim.machine import Command, Effect
@@ -55,6 +55,7 @@ class Call:
     ok: bool = False
     result: int | None = None
     uncertain: bool = False  # some attempt may still take effect
+    order: float | None = None  # index of the entry, or just after the last one that was read
 
     def command(self) -> Command:
         return Command(
@@ -72,6 +73,7 @@ class Call:
             self.value,
             self.expected,
             shown,
+            self.order,
         )
 
     def __str__(self) -> str:
@@ -83,6 +85,13 @@ class Call:
         if self.fate is Fate.ANSWERED:
             return f"{what} = {self.result if self.ok else f'no, it is {self.result}'}"
         return f"{what} ({self.fate.value})"
+
+
+class Seen(NamedTuple):
+    """What a read answers: the value, and up to which entry the replica had applied."""
+
+    value: int | None
+    applied_index: int
 
 
 class Server(Protocol):
@@ -97,7 +106,7 @@ class Server(Protocol):
         ...
 
     def read(
-        self, group: str, key: str, answer: Callable[[int | AgentMemError | None], None]
+        self, group: str, key: str, answer: Callable[[Seen | AgentMemError], None]
     ) -> None: ...
 
 
@@ -218,13 +227,14 @@ class SimClient:
             self._leader[group.id] = node
             self._finish(call, Fate.ANSWERED, done)
 
-        def was_read(outcome: int | AgentMemError | None) -> None:
+        def was_read(outcome: Seen | AgentMemError) -> None:
             if call.fate is not Fate.PENDING:
                 return
             if isinstance(outcome, AgentMemError):
                 again(None, certain=True)
                 return
-            call.ok, call.result = True, outcome
+            call.ok, call.result = True, outcome.value
+            call.order = outcome.applied_index + 0.5
             self._finish(call, Fate.ANSWERED, done)
 
         def send() -> None:

@@ -141,6 +141,8 @@ class Judge:
         operations = []
         for call in calls:
             key = f"{call.group}/{call.key}"
+            if call.kind is not Kind.READ:
+                call.order = self._effect_at.get((call.group, call.request))
             answered = call.fate is Fate.ANSWERED
             if answered:
                 operations.append(call.as_operation(key, call.returned_s, call.ok, call.result))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from agentmem_chaos.sim.clients import Seen
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.machine import Command, Effect, MachineStore, Observer, RegisterMachine
@@ -340,9 +341,7 @@ class SimNode:
 
         self._in_process(self.boot_number, run)
 
-    def read(
-        self, group: str, key: str, answer: Callable[[int | AgentMemError | None], None]
-    ) -> None:
+    def read(self, group: str, key: str, answer: Callable[[Seen | AgentMemError], None]) -> None:
         if not self.alive:
             answer(Unavailable("connection refused"))
             return
@@ -350,7 +349,7 @@ class SimNode:
         def run() -> None:
             machine = self.machines[group]
             if not self._parts.confirms_reads:
-                answer(machine.read(key))
+                answer(Seen(machine.read(key), machine.applied_index))
                 return
 
             def done(outcome: int | AgentMemError) -> None:
@@ -361,7 +360,7 @@ class SimNode:
                     self._judge.accuse(
                         "reads wait", f"{self.name} {group}: {machine.applied_index} < {outcome}"
                     )
-                answer(machine.read(key))
+                answer(Seen(machine.read(key), machine.applied_index))
 
             self._run(lambda core: core.read_index(group, done))
             self._plan_turn()

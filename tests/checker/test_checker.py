@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import time
@@ -176,6 +177,53 @@ def test_the_checker_agrees_with_brute_force_on_random_histories() -> None:
         assert found is expected, history
         verdicts[found] += 1
     assert min(verdicts.values()) > 1_500, verdicts
+
+
+def test_a_claimed_order_never_changes_the_verdict() -> None:
+    """Right or wrong, complete or not: the order may only make the search shorter."""
+    rng = random.Random(11)
+    proofs = 0
+    for _ in range(6_000):
+        history = random_history(rng, rng.randint(1, 6))
+        expected = Verdict.LINEARIZABLE if brute_force(history) else Verdict.VIOLATION
+        claims = [float(at) for at in range(len(history))]
+        rng.shuffle(claims)
+        if rng.random() < 0.2:
+            claims[0] = None  # type: ignore[call-overload]
+        claimed = [
+            dataclasses.replace(op, order=claim) for op, claim in zip(history, claims, strict=True)
+        ]
+        report = check_register(claimed)
+        assert report.verdict is expected, claimed
+        proofs += report.verdict is Verdict.LINEARIZABLE
+    assert proofs > 500
+
+
+def test_a_true_order_proves_in_linear_time_what_would_be_searched_for_ever() -> None:
+    # Twenty clients always write at once on one key; reads see the writes in log order.
+    history = []
+    for turn in range(100):
+        for client in range(20):
+            at = turn * 20 + client
+            history.append(
+                Operation(
+                    client, "hot", float(turn), turn + 1.5, Kind.WRITE, value=at, order=float(at)
+                )
+            )
+        history.append(
+            Operation(
+                99,
+                "hot",
+                float(turn),
+                turn + 1.5,
+                Kind.READ,
+                result=turn * 20 + 7,
+                order=turn * 20 + 7.5,
+            )
+        )
+    report = check(history, steps_max_per_key=20_000)
+    assert report.verdict is Verdict.LINEARIZABLE
+    assert report.steps == len(history)
 
 
 def simulated_history(
