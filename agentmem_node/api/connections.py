@@ -15,7 +15,7 @@ from agentmem_node.api.reply import error_reply
 # connection was opened; longer than the idle time of usual clients and proxies (15 to 60 s).
 KEEP_ALIVE_S = 75.0
 # How long the rest of a refused body is read, so that its sender gets to see the answer.
-_LINGER_S = 5.0
+_LINGER_S = 2.0
 # A filter may stand in a URL, a token of a thousand shards in a header.
 _LINE_BYTES_MAX = 32 * 1024
 _REFUSAL = (

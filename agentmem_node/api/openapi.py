@@ -166,7 +166,7 @@ def _responses(route: Route, schema_of: dict[Any, dict[str, Any]]) -> dict[str, 
         responses.setdefault(
             str(status),
             {
-                "description": "; ".join(f"`{kind.code}`: {first_words(kind)}" for kind in kinds),
+                "description": "; ".join(f"`{kind.code}`: {meaning_of(kind)}" for kind in kinds),
                 "content": {"application/json": {"schema": schema_of[ErrorBody]}},
             },
         )
@@ -190,6 +190,7 @@ _MEANINGS = {
     "unauthorized": "no API key, or an unknown one",
     "forbidden": "the caller may not do this",
     "not_found": "there is no such memory",
+    "method_not_allowed": "the path exists, but not for this method; `Allow` lists which do",
     "conflict": "the version moved, or the Idempotency-Key was used for another request",
     "overloaded": "too much at once; retry after a moment",
     "unavailable": "this node cannot answer now",
@@ -205,5 +206,6 @@ _MEANINGS = {
 }
 
 
-def first_words(kind: type[AgentMemError]) -> str:
+def meaning_of(kind: type[AgentMemError]) -> str:
+    """What an error means, in a few words."""
     return _MEANINGS[kind.code]

@@ -235,16 +235,19 @@ class Node:
         assert answer.status == 201, answer.body
         return str(answer.json["results"][0]["id"])
 
-    async def raw(self, data: bytes, *, close: bool = True) -> bytes:
-        """What comes back for bytes on a fresh connection."""
+    async def raw(self, data: bytes, *, whole: bool = True) -> bytes:
+        """What comes back for bytes on a fresh connection: all until it closes, or one answer."""
         host, _, port = self.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(data)
         await writer.drain()
-        if close:
-            writer.write_eof()
         try:
-            return await asyncio.wait_for(reader.read(), 10)
+            async with asyncio.timeout(10):
+                if whole:
+                    return await reader.read()
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+                return head + await reader.readexactly(size)
         finally:
             writer.close()
 

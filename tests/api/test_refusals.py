@@ -266,14 +266,15 @@ def test_an_escaped_slash_stays_within_the_id(run: Run) -> None:
         b"POST /api/v1/memories HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
         b"POST /api/v1/memories HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /api/v1/memories HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /api/v1/memories HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
 def test_what_is_not_http_is_answered_400_in_json_and_closed(
     run: Run, junk: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(node: Any) -> None:
-        head, _, body = (await node.raw(junk, close=False)).partition(b"\r\n\r\n")
+        head, _, body = (await node.raw(junk)).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400 "), head
         assert b"Connection: close" in head
         assert json.loads(body)["code"] == "bad_request"
