@@ -114,7 +114,7 @@ class Node:
                 ("read.list", self._reads.on_list),
                 ("search.statistics", self._searches.on_statistics),
                 ("search.candidates", self._searches.on_candidates),
-                ("search.local", self._searches.on_local),
+                ("search.records", self._searches.on_records),
             ):
                 self._link.register(method, handler)
         await self._wait_until_ready()

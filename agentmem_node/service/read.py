@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,8 +19,9 @@ import msgspec
 from agentmem_cluster.errors import AgentMemError, InternalError, InvalidField, NoQuorum
 from agentmem_cluster.runtime import Clock
 from agentmem_node.model import requests as rq
-from agentmem_node.model.cursors import decode_list_cursor, encode_list_cursor
-from agentmem_node.model.filters import And, Compare, Filter, matches, parse_filter
+from agentmem_node.model.cursors import decode_cursor, encode_cursor, fingerprint
+from agentmem_node.model.filter_parse import parse_filter
+from agentmem_node.model.filters import And, Compare, Filter, matches, scope_of
 from agentmem_node.model.ids import parse_id, slot_of_id
 from agentmem_node.model.limits import Limits
 from agentmem_node.model.memory import HistoryEntry, Memory, Scope
@@ -31,6 +34,10 @@ from agentmem_node.service.tokens import decode_token, encode_token
 from agentmem_node.service.write import not_found
 
 T = TypeVar("T")
+# Memories that a filtered list looks at before it lets others run: about 10 ms.
+_SCAN_MAX = 2_000
+
+_json = msgspec.json.Encoder(order="deterministic")
 _history_decoder = msgspec.json.Decoder(HistoryEntry)
 _history_encoder = msgspec.json.Encoder()
 
@@ -149,7 +156,11 @@ class Reads:
         check_scope(scope, self._limits)
         filter_ = None if query.filters is None else parse_filter(query.filters, self._limits)
         scope = promoted(scope, filter_)
-        after = None if query.cursor is None else decode_list_cursor(query.cursor)
+        request = fingerprint(caller.tenant.encode(), _json.encode([scope, query.filters]))
+        after = None
+        if query.cursor is not None:
+            created_ms, last_id = decode_cursor(query.cursor, request)
+            after = (int(created_ms), last_id)
         tokens = session_tokens(query.consistency, query.token)
         shards = self.shards_of(caller.tenant, scope)
         body = {
@@ -162,14 +173,14 @@ class Reads:
             "now_ms": self._clock.wall_ms(),
         }
 
-        def read(local: LocalShard) -> list[Any]:
-            return self._list_here(local, body, filter_)
+        async def read(local: LocalShard) -> list[Any]:
+            return await self._list_here(local, body, filter_)
 
         gathered: Gathered[list[Any]] = await self.ask_each(
             shards, "read.list", body, read, query.consistency, tokens, caller.deadline
         )
-        partial = gathered.missing(shards)
-        if len(partial) == len(shards):
+        missing = gathered.missing(shards)
+        if len(missing) == len(shards):
             raise gathered.errors.get(shards[0], NoQuorum("No shard answered in time."))
         pages = [page for page, _ in gathered.answers.values()]
         rows = list(heapq.merge(*pages, key=lambda row: (-row[0], _inverted(row[1]))))
@@ -177,15 +188,15 @@ class Reads:
         next_cursor = None
         if len(rows) > query.limit:
             rows.pop()
-            next_cursor = encode_list_cursor((rows[-1][0], rows[-1][1]))
+            next_cursor = encode_cursor((rows[-1][0], rows[-1][1]), request)
         return rq.ListAnswer(
             results=[msgspec.Raw(row[2]) for row in rows],
             next_cursor=next_cursor,
-            partial=partial,
+            partial=missing,
             token=encode_token({s: index for s, (_, index) in gathered.answers.items()}),
         )
 
-    def _list_here(
+    async def _list_here(
         self, local: LocalShard, body: dict[str, Any], filter_: Filter | None
     ) -> list[Any]:
         user_id, agent_id, app_id, run_id = body["scope"]
@@ -193,19 +204,25 @@ class Reads:
         condition = _with_scope(scope, filter_)
         accept: Callable[[Memory], bool] | None = None
         if condition is not None:
-            checked = condition
-            accept = lambda memory: matches(checked, memory)  # noqa: E731
-        after = body["after"]
-        page = local.shard.list(
-            body["tenant"],
-            scope.owner if scope.user_id is not None else None,
-            accept=accept,
-            after=None if after is None else (after[0], after[1]),
-            limit=body["limit"],
-            now_ms=body["now_ms"],
-        )
-        rows = [[stored.created_ms, stored.id, stored.record] for stored in page]
-        return [rows, local.shard.applied_index]
+            accept = partial(matches, condition)
+        after: tuple[int, bytes] | None = None if body["after"] is None else tuple(body["after"])
+        rows: list[list[Any]] = []
+        while True:
+            page = local.shard.page(
+                body["tenant"],
+                scope.owner if scope.user_id is not None else None,
+                accept=accept,
+                after=after,
+                limit=body["limit"] - len(rows),
+                now_ms=body["now_ms"],
+                scan_max=_SCAN_MAX,
+            )
+            rows += [[stored.created_ms, stored.id, stored.record] for stored in page.items]
+            after = page.after
+            if after is None or len(rows) >= body["limit"]:
+                return [rows, local.shard.applied_index]
+            # A filter that few memories pass looks at many: let others run in between.
+            await asyncio.sleep(0)
 
     async def on_list(self, _peer: str, body: dict[str, Any]) -> dict[str, Any]:
         """`read.list`: shard -> its page, or its error."""
@@ -231,18 +248,22 @@ class Reads:
         shards: Sequence[str],
         method: str,
         body: dict[str, Any],
-        read: Callable[[LocalShard], T],
+        read: Callable[[LocalShard], T | Awaitable[T]],
         consistency: Consistency,
         tokens: dict[str, int],
         deadline: float,
+        prepare: Callable[[LocalShard], Awaitable[None]] | None = None,
     ) -> Gathered[T]:
-        """Ask one replica of each shard: by `read` on this node, by `method` on others."""
+        """Ask one replica of each shard: by `read` on this node, by `method` on others.
+
+        `prepare` is awaited before `read`, whose answer then holds for one moment of the shard.
+        """
         epochs = {shard: info.epoch for shard, info in self._routing.current_map().shards.items()}
 
         async def ask(node: str, wanted: Sequence[str]) -> dict[str, T | AgentMemError]:
             where = [(shard, epochs[shard], tokens.get(shard, 0)) for shard in wanted]
             if node == self._routing.node_id:
-                return await self._read_here(where, read, consistency, deadline)
+                return await self._read_here(where, read, consistency, deadline, prepare)
             asked = {**body, "shards": where, "consistency": consistency}
             wire: dict[str, Any] = await self._routing.call(node, method, asked, deadline)
             return {shard: answer for shard, answer in wire.items() if answer is not None}
@@ -252,9 +273,10 @@ class Reads:
     async def _read_here(
         self,
         where: Sequence[tuple[str, int, int]],
-        read: Callable[[LocalShard], T],
+        read: Callable[[LocalShard], T | Awaitable[T]],
         consistency: Consistency,
         deadline: float,
+        prepare: Callable[[LocalShard], Awaitable[None]] | None,
     ) -> dict[str, T | AgentMemError]:
         """Read several local shards; all of them are confirmed together, by one round a peer."""
         settled = await asyncio.gather(
@@ -267,15 +289,21 @@ class Reads:
             elif isinstance(local, BaseException):
                 raise local
             else:
-                answers[shard_id] = read(local)
+                if prepare is not None:
+                    await prepare(local)
+                answer = read(local)
+                answers[shard_id] = await answer if inspect.isawaitable(answer) else answer
         return answers
 
     async def answer_each(
-        self, body: dict[str, Any], read: Callable[[LocalShard], Any]
+        self,
+        body: dict[str, Any],
+        read: Callable[[LocalShard], Any],
+        prepare: Callable[[LocalShard], Awaitable[None]] | None = None,
     ) -> dict[str, Any]:
         """The peer's side of `ask_each`: None for a shard that cannot be answered here now."""
         answers = await self._read_here(
-            body["shards"], read, body["consistency"], self._deadline_of(body)
+            body["shards"], read, body["consistency"], self._deadline_of(body), prepare
         )
         return {
             shard: None if isinstance(answer, AgentMemError) else answer
@@ -336,22 +364,17 @@ class Reads:
 
 
 def promoted(scope: Scope, filter_: Filter | None) -> Scope:
-    """`scope` with the user that the filter demands, which routes as well."""
-    if scope.user_id is not None or filter_ is None:
-        return scope
-    for part in filter_.parts if isinstance(filter_, And) else (filter_,):
-        if (
-            isinstance(part, Compare)
-            and (part.field, part.op) == ("user_id", "eq")
-            and isinstance(part.value, str)
-        ):
-            return Scope(
-                user_id=part.value,
-                agent_id=scope.agent_id,
-                app_id=scope.app_id,
-                run_id=scope.run_id,
-            )
-    return scope
+    """`scope` with the ids that the filter demands of every match: they route and count as well.
+
+    Where both name an id, the scope's stands: the filter says by itself what it excludes.
+    """
+    demanded = scope_of(filter_)
+    return Scope(
+        user_id=demanded.user_id if scope.user_id is None else scope.user_id,
+        agent_id=demanded.agent_id if scope.agent_id is None else scope.agent_id,
+        app_id=demanded.app_id if scope.app_id is None else scope.app_id,
+        run_id=demanded.run_id if scope.run_id is None else scope.run_id,
+    )
 
 
 def _with_scope(scope: Scope, filter_: Filter | None) -> Filter | None:

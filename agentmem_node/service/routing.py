@@ -25,6 +25,7 @@ from agentmem_cluster.raft.host import AsyncGroup
 from agentmem_cluster.runtime import Clock
 from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
+from agentmem_node.model.search import SearchQuery
 
 # Long enough for two elections (timeouts are 0.5 to 1.0 s), short enough that a minority says no.
 _LEADER_WAIT_S_MAX = 2.5
@@ -42,6 +43,13 @@ class LocalShard:
     info: ShardInfo
     group: AsyncGroup
     shard: Shard
+
+    async def build(self, query: SearchQuery) -> None:
+        """Have in memory what the query's search needs, without holding up the loop meanwhile."""
+        index = self.shard.index
+        if index.needs_build(query):
+            for _ in index.build_steps(query):
+                await asyncio.sleep(0)
 
 
 class Routing:

@@ -205,11 +205,7 @@ def _caches(embedder: EmbeddingProvider | None) -> list[CacheSnapshot]:
     if embedder is None:
         return []
     stats = embedder.stats()
-    return [
-        CacheSnapshot(
-            name="embedding", hits=stats["cache_hits"], misses=stats["texts"]
-        )
-    ]
+    return [CacheSnapshot(name="embedding", hits=stats["cache_hits"], misses=stats["texts"])]
 
 
 def _embedding(embedder: EmbeddingProvider | None) -> EmbeddingSnapshot:

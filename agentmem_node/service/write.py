@@ -47,6 +47,7 @@ from agentmem_node.model.memory import Memory
 from agentmem_node.model.times import parse_time_ms
 from agentmem_node.providers.base import EmbeddingProvider
 from agentmem_node.service.contract import Caller
+from agentmem_node.service.deadlines import within
 from agentmem_node.service.drafts import Draft, changed, drafts_of, normalised
 from agentmem_node.service.routing import LocalShard, Routing
 from agentmem_node.service.tokens import encode_token
@@ -160,7 +161,7 @@ class Writes:
         missing = [draft for draft in drafts if draft.vector is None]
         if not missing or self._embedder is None:
             return
-        vectors = await asyncio.wait_for(
+        vectors = await within(
             self._embedder.embed_documents([draft.content for draft in missing]),
             self._routing.remaining(deadline),
         )
@@ -267,7 +268,7 @@ class Writes:
             if change.vector is not msgspec.UNSET:
                 vector = normalised(change.vector, self._dim)
             elif after.content != memory.content and self._embedder is not None:
-                rows = await asyncio.wait_for(
+                rows = await within(
                     self._embedder.embed_documents([after.content]),
                     self._routing.remaining(deadline),
                 )
