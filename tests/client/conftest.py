@@ -35,7 +35,7 @@ SHARDS = 4
 
 @dataclass
 class FakeCluster:
-    """Three nodes that share one dictionary. `refuse` may answer a request before it is looked at."""
+    """Three nodes that share one dictionary. `refuse` may answer a request before they do."""
 
     urls: dict[str, str] = field(default_factory=dict)
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -102,7 +102,7 @@ def test_options_fill_what_an_item_leaves_out_and_never_overrule_it() -> None:
 
 
 def test_a_misspelt_argument_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(TypeError, match="'user'.*user_id"):
+    with pytest.raises(TypeError, match=r"'user'.*user_id"):
         list(batches.add_many([], {"user": "ana"}))  # type: ignore[typeddict-unknown-key]
 
 

@@ -196,9 +196,9 @@ def test_nobody_there_is_said_soon_and_plainly() -> None:
         url = f"http://127.0.0.1:{held.getsockname()[1]}"
         started = time.monotonic()
         policy = client.Policy(unreachable_s_max=0.3)
-        with client.Client(url, policy=policy) as memory:
-            with pytest.raises(client.ConnectionFailed, match="Connection refused"):
-                memory.add("tea", user_id="ana")
+        refused = pytest.raises(client.ConnectionFailed, match="Connection refused")
+        with client.Client(url, policy=policy) as memory, refused:
+            memory.add("tea", user_id="ana")
         assert time.monotonic() - started < 2.0
 
 
@@ -226,9 +226,9 @@ def test_the_key_is_sent_with_every_request(fake: Any) -> None:
 
 def test_an_answer_beyond_the_limit_is_not_read_into_memory(fake: Any) -> None:
     policy = client.Policy(answer_bytes_max=10)
-    with client.Client(fake.urls["n1"], policy=policy) as memory:
-        with pytest.raises(client.ProtocolError, match="more than 10 bytes"):
-            memory.cluster()
+    too_much = pytest.raises(client.ProtocolError, match="more than 10 bytes")
+    with client.Client(fake.urls["n1"], policy=policy) as memory, too_much:
+        memory.cluster()
 
 
 def test_a_closed_client_says_so_and_leaves_no_thread(fake: Any) -> None:
@@ -265,9 +265,9 @@ def test_a_url_that_is_none_is_refused() -> None:
     for url in ("", " , ", []):
         with pytest.raises(ValueError, match="URL"):
             client.Client(url)
-    with client.Client("not a url", policy=client.Policy(deadline_s=0.5)) as memory:
-        with pytest.raises(client.AgentMemError):
-            memory.get("x")
+    policy = client.Policy(deadline_s=0.5)
+    with client.Client("not a url", policy=policy) as memory, pytest.raises(client.AgentMemError):
+        memory.get("x")
 
 
 def test_both_clients_have_the_same_methods_and_arguments() -> None:
