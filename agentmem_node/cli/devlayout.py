@@ -117,12 +117,13 @@ def _certificates(
 
     create_ca(directory, cluster)
     made: dict[str, dict[str, str]] = {}
+    folder = directory.absolute()
     for node in nodes:
-        cert, key = issue(directory, cluster, node.id)
+        issue(directory, node.id)
         made[node.id] = {
-            "cluster.ca_cert": str((directory / "ca.pem").absolute()),
-            "cluster.cert": str(cert.absolute()),
-            "cluster.key": str(key.absolute()),
+            "cluster.ca_cert": str(folder / "ca.crt"),
+            "cluster.cert": str(folder / f"{node.id}.crt"),
+            "cluster.key": str(folder / f"{node.id}.key"),
         }
     return made
 
