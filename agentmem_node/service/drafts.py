@@ -260,7 +260,8 @@ def normalised(values: list[float], dim: int) -> bytes:
             field="vector",
         )
     array = np.asarray(values, dtype=np.float64)
-    norm = float(np.sqrt(array @ array))
+    with np.errstate(over="ignore"):  # then the norm is infinite, and refused below
+        norm = float(np.sqrt(array @ array))
     if not np.isfinite(norm) or norm == 0.0:
         raise InvalidField(
             "`vector` holds NaN or infinity, or is all zeros.",
