@@ -365,6 +365,6 @@ class Journal:
         if crc32(content) != run.crc:
             raise JournalCorrupt(name, run.offset, f"entries {run.first}.. read back are damaged")
         try:
-            return fmt.decode_commands(content, run.count)
+            return fmt.decode_commands(content, run.entries)
         except ValueError as wrong:
             raise JournalCorrupt(name, run.offset, str(wrong)) from wrong

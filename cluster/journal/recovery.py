@@ -249,7 +249,7 @@ def _replay_rare(kind: int, group: GroupLog, run: Run, content: bytes) -> None:
         if run.term < group.term:
             raise ValueError(f"{group!r} goes back to term {run.term}")
         group.term = run.term
-        group.vote = content.decode() if run.count else None
+        group.vote = content.decode() if run.entries else None
     elif kind == fmt.COMPACT:
         if not group.first_index <= run.first <= group.last_index:
             raise ValueError(f"{group!r} is compacted to {run.first}")

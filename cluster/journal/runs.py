@@ -23,7 +23,7 @@ class Run(NamedTuple):
     segment: int
     offset: int  # of the content
     size: int  # of the content
-    count: int  # entries in the content; the last ones may be truncated
+    entries: int  # in the content; the last ones may be truncated
     crc: int
 
 
@@ -87,7 +87,7 @@ class RunIndex:
         Raises ValueError when it would split a run: only whole runs, or the end of a run whose
         first entries are compacted, are ever relocated, and any part of what is missing.
         """
-        end = run.first + run.count
+        end = run.first + run.entries
         start = max(self.at(run.first), 0)
         stop = bisect_left(self.first, end)
         if not start < stop:
