@@ -26,15 +26,6 @@ class _Change:
     size: int | None = None
 
 
-@dataclass(slots=True, eq=False)
-class _Content:
-    """One file's bytes: as the page cache shows them, and as the platter holds them."""
-
-    cached: bytearray = field(default_factory=bytearray)
-    durable: bytearray = field(default_factory=bytearray)
-    unsynced: list[_Change] = field(default_factory=list)
-
-
 def _apply(target: bytearray, change: _Change) -> None:
     if change.size is not None:
         if change.size < len(target):
@@ -46,6 +37,20 @@ def _apply(target: bytearray, change: _Change) -> None:
     if end > len(target):
         target.extend(bytes(end - len(target)))
     target[change.offset : end] = change.data
+
+
+@dataclass(slots=True, eq=False)
+class _Content:
+    """One file's bytes: as the page cache shows them, and as the platter holds them."""
+
+    cached: bytearray = field(default_factory=bytearray)
+    durable: bytearray = field(default_factory=bytearray)
+    unsynced: list[_Change] = field(default_factory=list)
+
+    def settle(self) -> None:
+        for change in self.unsynced:
+            _apply(self.durable, change)
+        self.unsynced.clear()
 
 
 class SimFile:
@@ -85,10 +90,8 @@ class SimFile:
             content.cached = bytearray(content.durable)
             raise OSError(errno.EIO, os.strerror(errno.EIO), self._path)
         self._disk.syncs += 1
-        if self._disk.honours_sync:
-            for change in content.unsynced:
-                _apply(content.durable, change)
-            content.unsynced.clear()
+        if self._disk.honours_sync and self._disk.syncs_at_once:
+            content.settle()
 
     def allocate(self, size_bytes: int) -> None:
         self._check()
@@ -119,6 +122,7 @@ class SimDisk:
     def __init__(self, chance: random.Random, *, honours_sync: bool = True) -> None:
         self._chance = chance
         self.honours_sync = honours_sync
+        self.syncs_at_once = True  # False: a sync returns first and works when `settle` is called
         self.boot = 0
         self.syncs = 0
         self.full = False
@@ -222,6 +226,10 @@ class SimDisk:
     def before_sync(self, path: str) -> None:
         if self.dying:
             raise OSError(errno.EIO, "power is failing", path)
+
+    def settle(self) -> None:
+        for content in self._names.values():
+            content.settle()
 
     def kill(self) -> None:
         """The process dies; the page cache lives on."""

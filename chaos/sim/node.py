@@ -211,16 +211,14 @@ class SimNode:
         self._flushing = True
         sync_s = self._chance.uniform(*self.plan.sync_s) * self.slowness
         if not self._parts.syncs_before_it_speaks:
+            self.disk.syncs_at_once = False
+            ready.job.run()
+            self._schedule.after(sync_s, self.disk.settle)
             self._synced(ready, None)
-            self._schedule.after(sync_s, lambda boot=self.boot_number: self._late(boot, ready))  # type: ignore[misc]
             return
         # The sync is the kernel's: it ends on time even when the process is paused meanwhile.
         boot = self.boot_number
         self._schedule.after(sync_s, lambda: self._sync_ended(boot, ready))
-
-    def _late(self, boot: int, ready: Ready) -> None:
-        if self.alive and boot == self.boot_number and ready.job is not None:
-            ready.job.run()
 
     def _sync_ended(self, boot: int, ready: Ready) -> None:
         if not self.alive or boot != self.boot_number or ready.job is None:
@@ -378,7 +376,7 @@ class SimNode:
         if self.stores[spec.id].durable.applied_index >= answer.index:
             return True
         try:
-            journal = self._parts.open_journal(self.disk.platter(), self.plan)
+            journal = open_journal(self.disk.platter(), self.plan)
         except Exception:
             self._judge.accuse("recovery", f"{self.name}'s platter:\n{traceback.format_exc()}")
             return True

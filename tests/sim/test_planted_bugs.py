@@ -7,19 +7,21 @@ from typing import Any
 
 import pytest
 
-import agentmem_cluster.raft.group as raft_group
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.machine import Effect, MachineState, RegisterMachine
 from agentmem_chaos.sim.node import Parts, open_journal
 from agentmem_chaos.sim.plan import Fault, WorldPlan
 from agentmem_chaos.sim.world import World
 from agentmem_cluster.journal.journal import Journal
+from agentmem_cluster.raft import following, pysync
 from agentmem_cluster.raft.api import Entry
+from agentmem_cluster.raft.core import NodeCore
 from agentmem_cluster.raft.matching import Accepted, Refused, reconcile
 
 WORLDS_MAX = 15
 CRASHES = {Fault.KILL: 3.0, Fault.POWER_LOSS: 3.0, Fault.POWER_LOSS_ALL: 6.0}
 CUTS = {Fault.PARTITION: 3.0, Fault.PARTITION_ONE_WAY: 4.0, Fault.PAUSE: 4.0}
+ELECTIONS = {Fault.KILL: 1.0, Fault.BREAK_SESSION: 0.5, Fault.PARTITION: 2.0}
 STALLS = {Fault.BREAK_SESSION: 0.5, Fault.SLOW_DISK: 4.0, Fault.KILL: 2.0}
 
 
@@ -72,21 +74,24 @@ def test_truncating_entries_that_match_is_caught(monkeypatch: pytest.MonkeyPatch
             return dataclasses.replace(verdict, truncate_from=verdict.verified + 1)
         return verdict
 
-    monkeypatch.setattr(raft_group, "reconcile", as_released)
+    monkeypatch.setattr(following, "reconcile", as_released)
     assert caught(Parts(), STALLS)
 
 
-def test_a_vote_that_is_forgotten_in_a_crash_is_caught() -> None:
-    def forgetful(disk: SimDisk, plan: WorldPlan) -> Journal:
-        journal = open_journal(disk, plan)
-        for group, epoch in journal.groups():
-            journal.group(group, epoch).vote = None
-        return journal
+def test_a_second_vote_in_a_term_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    receive = pysync.Member.receive
 
-    fast_elections = {Fault.KILL: 0.4, Fault.KILL_MANY: 2.0, Fault.BREAK_SESSION: 0.5}
-    assert caught(Parts(open_journal=forgetful), fast_elections, worlds=40) & {
+    def forgetting_its_vote(member: Any, peer: str, message: dict[str, Any]) -> None:
+        if message["type"] == "request_vote":
+            member._so._SyncObj__votedForNodeId = None
+        receive(member, peer, message)
+
+    monkeypatch.setattr(pysync.Member, "receive", forgetting_its_vote)
+    # The journal itself refuses to write a second vote, which stops the node.
+    assert caught(Parts(), ELECTIONS, worlds=30) & {
         "election safety",
         "state machine safety",
+        "no stop without cause",
     }
 
 
@@ -139,9 +144,24 @@ def test_a_wrong_state_machine_is_caught(machine: type[RegisterMachine], rule: s
     assert rule in caught(Parts(make_machine=machine), CRASHES | CUTS)
 
 
-def test_an_exception_that_escapes_the_core_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> None:
+class Raises(NodeCore):
+    def read_index(self, group_id: str, done: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(raft_group.Group, "_on_probe", fails)
-    assert caught(Parts(), CUTS) & {"no exceptions", "no stop without cause", "liveness"}
+
+class Stops(NodeCore):
+    def read_index(self, group_id: str, done: Any) -> None:
+        self.fatal = ZeroDivisionError()
+
+
+class NeverReads(NodeCore):
+    def read_index(self, group_id: str, done: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("core", "rule"),
+    [(Raises, "no exceptions"), (Stops, "no stop without cause"), (NeverReads, "liveness")],
+)
+def test_a_core_that_raises_or_stops_or_hangs_is_caught(core: type[NodeCore], rule: str) -> None:
+    assert caught(Parts(make_core=core), CUTS) == {rule}
