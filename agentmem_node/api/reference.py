@@ -55,6 +55,21 @@ A node that needs no API key answers requests for local names only (`localhost`,
 `session` sees at least what its `token` stands for. `eventual` takes what the replica at hand
 has. A write's answer comes when a majority of the shard's replicas has it on disk.
 
+## Filters
+
+`filters` narrows a search or a list before anything is ranked. Members of an object must all
+hold; `AND` and `OR` take lists, `NOT` a filter or a list; any other name is a field, with a
+value or with operators:
+
+    {"AND": [{"memory_type": {"in": ["factual", "core"]}},
+             {"created_at": {"gte": "2026-01-01"}},
+             {"NOT": {"categories": {"contains": "work"}}},
+             {"metadata.city": "Oslo"}]}
+
+Fields: `id`, `content`, `user_id`, `agent_id`, `app_id`, `run_id`, `created_at`, `updated_at`,
+`expires_at`, `memory_type`, `importance`, `categories`, and `metadata.KEY`, nested with dots.
+Operators: `eq`, `ne`, `gt`, `gte`, `lt`, `lte`, `in`, `nin`, `contains`, `icontains`, `exists`.
+
 ## Errors
 
 Every error is `{"detail": ..., "error": ..., "code": ..., "details": {...}}`. `detail` and
@@ -77,6 +92,16 @@ def markdown() -> str:
         for route in ROUTES:
             if route.tag == tag["name"]:
                 lines += _route(route, spec)
+    schemas = spec["components"]["schemas"]
+    shown = {route.body.type.__name__ for route in ROUTES if route.body is not None}
+    shown |= {route.query.type.__name__ for route in ROUTES}
+    shown |= {route.answer.__name__ for route in ROUTES if route.answer is not None}
+    lines += ["", "## Types", "", "What stands inside of bodies and answers."]
+    for name in sorted(set(schemas) - shown):
+        lines += ["", f"### {name}", ""]
+        if "description" in schemas[name]:
+            lines += [schemas[name]["description"].strip().split("\n\n")[0], ""]
+        lines += _fields(schemas[name])
     return "\n".join(lines) + "\n"
 
 
