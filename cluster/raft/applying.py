@@ -1,8 +1,9 @@
 """Committed entries reach the state machine, in order, in batches, once; then the log may shrink.
 
 The state machine never raises over a bad command: that is a result. If it raises, the local disk
-or memory has failed and the node stops. Nothing is retried: a retry applies the first part of
-a batch twice (pysyncobj retries for ever and wedges the group, D5).
+or memory has failed and the node stops. It is not retried: a retry applies the first part of a batch
+twice (pysyncobj retries for ever and wedges the group, D5). The one exception is a full disk,
+which the state machine reports before it has changed anything: the batch waits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from agentmem_cluster.errors import DiskFull
 from agentmem_cluster.raft.api import Entry, StateMachine
 from agentmem_cluster.raft.settings import RaftSettings
 
@@ -63,6 +65,8 @@ class Applier:
         self._since_entries = 0
         self._since_bytes = 0
         self._checkpointing = False
+        self.stalled: DiskFull | None = None
+        self._retry_s = 0.0
         step = MARK_BYTES // GUESSED_ENTRY_BYTES
         for index in range(log.first_index - 1, machine.applied_index + 1, step):
             self._bytes = (index - log.first_index + 1) * GUESSED_ENTRY_BYTES
@@ -70,15 +74,21 @@ class Applier:
         self.applied_index = machine.applied_index
         self._checkpointed_s = now_s
 
-    def step(self, commit_index: int) -> tuple[Sequence[Entry], Sequence[Any]]:
+    def step(self, commit_index: int, now_s: float) -> tuple[Sequence[Entry], Sequence[Any]]:
         """Apply one batch of what is committed *and* synced here. Both empty: nothing to do."""
         last = min(commit_index, self._log.durable_index)
         first = self.applied_index + 1
-        if last < first:
+        if last < first or now_s < self.retry_s():
             return (), ()
         last = min(last, first + self._settings.apply_entries_max - 1)
         entries = self._log.slice(first, last, self._settings.apply_bytes_max)
-        results = self._machine.apply(entries)
+        try:
+            results = self._machine.apply(entries)
+        except DiskFull as error:
+            self.stalled = error
+            self._retry_s = now_s + self._settings.disk_retry_s
+            return (), ()
+        self.stalled = None
         end = entries[-1].index
         if len(results) != len(entries) or self._machine.applied_index != end:
             raise RuntimeError(
@@ -93,6 +103,10 @@ class Applier:
         if not self._marks or self._bytes - self._marks[-1][1] >= MARK_BYTES:
             self._marks.append((end, self._bytes))
         return entries, results
+
+    def retry_s(self) -> float:
+        """When a batch that met a full disk is tried again."""
+        return self._retry_s if self.stalled is not None else float("-inf")
 
     # -- checkpoints: the state machine's own durability --
 

@@ -248,12 +248,12 @@ class NodeCore:
                 self._active[group_id] = None
 
     def sync_failed(self, ready: Ready, error: OSError) -> None:
-        """The sync failed, so what is on disk is unknown: this node must stop.
-
-        Also when the disk is full: after a failed sync the system may drop the pages and call
-        the next sync a success. A full disk is met, and waited out, where the journal writes.
-        """
-        self._fail(error)
+        """No room: the journal writes the same again later. Anything else stops the node."""
+        if error.errno in FULL:
+            self._gate.flush_failed()
+            self._wait_for_room(error, self._clock.monotonic())
+        else:
+            self._fail(error)
 
     def take_outbox(self) -> list[tuple[str, list[Any]]]:
         """(peer, frames) that may leave now: all that they say is on disk."""
@@ -265,6 +265,7 @@ class NodeCore:
             return self._clock.monotonic()
         soonest = min(self._wakeups.values(), default=float("inf"))
         if self._disk_full is not None and not self._gate.flushing:
+            # Nothing else would wake a node whose every promise waits for room.
             soonest = min(soonest, self._disk_retry_s)
         return soonest
 
@@ -316,7 +317,7 @@ class NodeCore:
     # -- inside --
 
     def _begin_flush(self, now_s: float) -> FlushJob | None:
-        if self._gate.flushing or not self._gate.dirty:
+        if not self._gate.wants_flush:
             return None
         if self._disk_full is not None and now_s < self._disk_retry_s:
             return None
@@ -325,22 +326,26 @@ class NodeCore:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            self._disk_retry_s = now_s + self._settings.disk_retry_s
-            if self._disk_full is None:
-                self._set_disk_full(
-                    DiskFull(
-                        f"the disk of node {self.node_id} is full: {error}",
-                        hint="Free some space; the node goes on by itself.",
-                    )
-                )
-                for group_id, group in self._groups.items():
-                    group.transfer(None)
-                    self._active[group_id] = None
+            self._wait_for_room(error, now_s)
             return None
         self._gate.flush_begun()
         if job is None:
             self._gate.flush_ended()
         return job
+
+    def _wait_for_room(self, error: OSError, now_s: float) -> None:
+        self._disk_retry_s = now_s + self._settings.disk_retry_s
+        if self._disk_full is not None:
+            return
+        self._set_disk_full(
+            DiskFull(
+                f"the disk of node {self.node_id} is full: {error}",
+                hint="Free some space; the node goes on by itself.",
+            )
+        )
+        for group_id, group in self._groups.items():
+            group.transfer(None)  # another node's disk may have room
+            self._active[group_id] = None
 
     def _set_disk_full(self, error: DiskFull | None) -> None:
         if error is not None:

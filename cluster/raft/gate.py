@@ -23,17 +23,18 @@ class Gate:
         self._begun = 0
         self._ended = 0
         self._dirty = False
+        self._failed = False
         self._held: deque[tuple[int, str, list[Any]]] = deque()
         self._free: dict[str, list[Any]] = {}
 
     @property
-    def dirty(self) -> bool:
-        """Something is buffered that no flush covers yet."""
-        return self._dirty
+    def wants_flush(self) -> bool:
+        """Something is buffered that no flush covers yet, and none is under way."""
+        return (self._dirty and self._begun == self._ended) or self._failed
 
     @property
     def flushing(self) -> bool:
-        return self._begun > self._ended
+        return self._begun > self._ended and not self._failed
 
     @property
     def open(self) -> bool:
@@ -45,8 +46,15 @@ class Gate:
         self._dirty = True
 
     def flush_begun(self) -> None:
-        self._begun += 1
-        self._dirty = False
+        if self._failed:
+            self._failed = False  # the same once more: it covers nothing that came since
+        else:
+            self._begun += 1
+            self._dirty = False
+
+    def flush_failed(self) -> None:
+        """For want of room: it will be begun again, with the same content."""
+        self._failed = True
 
     def flush_ended(self) -> None:
         self._ended = self._begun
@@ -60,7 +68,7 @@ class Gate:
 
     def promise(self, peer: str, frame: list[Any]) -> None:
         """A frame that speaks of what this node has written."""
-        if not self._dirty and not self.flushing:
+        if not self._dirty and self._begun == self._ended:
             self._let(peer, frame)
         elif len(self._held) < HELD_MAX:
             self._held.append((self._begun + self._dirty, peer, frame))

@@ -90,7 +90,8 @@ class Group:
         elif self._transfer is not None:
             refusal = NotLeader(f"group {self.spec.id} is being handed over to another node")
         else:
-            refusal = self.disk_full or self._proposals.refusal(command)
+            full = self.disk_full or self._applier.stalled
+            refusal = full or self._proposals.refusal(command)
         if refusal is not None:
             self._tell(done, refusal)
         else:
@@ -124,6 +125,8 @@ class Group:
         if self._voice.peers or not member.is_leader or member.commit_index < member.noop_index:
             return None
         applied = self._applier.applied_index
+        if self._applier.stalled is not None:
+            return applied  # what a full disk holds up was never acknowledged, nor seen
         return applied if applied == member.commit_index else None
 
     def transfer(self, to: str | None) -> None:
@@ -260,7 +263,7 @@ class Group:
         if not member.is_leader and self._proposals.queued:
             for done, refusal in self._proposals.refuse_queued(member.leader):
                 self._tell(done, refusal)
-        more = self._apply()
+        more = self._apply(now_s)
         self._serve_reads(now_s)
         return more
 
@@ -292,6 +295,7 @@ class Group:
             self._beat_s = (floor(now_s / heartbeat_s + 1e-6) + 1) * heartbeat_s
             for peer in leading.beat():
                 self._voice.say(peer, Kind.RESEED, self.log.first_index)
+            self._probe()  # again: sessions that broke have taken questions with them
         if self._transfer is not None:
             self._hand_over(leading, *self._transfer, now_s)
 
@@ -306,9 +310,12 @@ class Group:
             # Asked once. If that election fails, this leader goes on when the time is up.
             self._transfer = (self._node_id, until_s)
 
-    def _apply(self) -> bool:
-        entries, results = self._applier.step(self.member.commit_index)
+    def _apply(self, now_s: float) -> bool:
+        stalled = self._applier.stalled
+        entries, results = self._applier.step(self.member.commit_index, now_s)
         if not entries:
+            if stalled is None and self._applier.stalled is not None:
+                self.transfer(None)  # another node's disk may have room
             return False
         self.member.applied(self._applier.applied_index)
         for done, outcome in self._proposals.applied(entries, results):
@@ -320,10 +327,8 @@ class Group:
         reads, member = self._reads, self.member
         if self._leading is not None:
             if reads.wants_round and member.commit_index >= member.noop_index:
-                round_, answers = reads.begin_round(member.commit_index)
-                self._answer_reads(answers)
-                for peer in self._voice.up:
-                    self._voice.say(peer, Kind.PROBE, round_)
+                self._answer_reads(reads.begin_round(member.commit_index))
+                self._probe()
         elif member.leader is not None and member.leader in self._voice.up:
             number = reads.begin_ask(now_s)
             if number is not None:
@@ -331,8 +336,16 @@ class Group:
         reads.applied(self._applier.applied_index)
         reads.expire(now_s)
 
+    def _probe(self) -> None:
+        round_ = self._reads.open_round
+        if round_ is not None:
+            for peer in self._voice.up:
+                self._voice.say(peer, Kind.PROBE, round_)
+
     def next_wakeup(self) -> float:
         soonest = min(self._reads.next_wakeup(), self._applier.checkpoint_due_s())
+        if self._applier.stalled is not None:
+            soonest = min(soonest, self._applier.retry_s())
         if self._leading is None:
             return min(soonest, self.member.election_deadline)
         if self._transfer is not None:

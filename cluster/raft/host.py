@@ -25,7 +25,7 @@ from agentmem_cluster.raft.deadlines import Deadlines
 from agentmem_cluster.raft.settings import RaftSettings
 from agentmem_cluster.runtime import Clock, Rng
 
-STOP_TRANSFER_S = 2.0
+HAND_OVER_S_MAX = 2.0
 
 
 class RaftLink(Protocol):
@@ -80,8 +80,8 @@ class Host:
         """Hand leaderships over (best effort), then end the threads. The journal stays open."""
         if self._loop is None or self._stopped:
             return
-        if transfer and self.core.fatal is None:
-            await self._hand_all_over()
+        if transfer:
+            await self.hand_over()
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
@@ -91,6 +91,18 @@ class Host:
         self.deadlines.stop()
         await self._flusher.stop()
         await self._checkpointer.stop()
+
+    async def hand_over(self) -> None:
+        """Give every leadership away, as far as that is done within two seconds."""
+        until_s = self.clock.monotonic() + HAND_OVER_S_MAX
+        while self.clock.monotonic() < until_s and self.core.fatal is None:
+            leading = [g for g in self.groups.values() if g.is_leader and len(g.spec.members) > 1]
+            if not leading:
+                return
+            for group in leading:
+                self.core.transfer(group.spec.id)
+            self.wake()
+            await asyncio.sleep(0.01)
 
     def add_group(self, spec: GroupSpec, machine: StateMachine) -> AsyncGroup:
         self.core.add_group(spec, machine)
@@ -197,18 +209,6 @@ class Host:
             self._told_fatal = True
             assert self.core.fatal is not None
             self._on_fatal(self.core.fatal)
-
-    async def _hand_all_over(self) -> None:
-        until_s = self.clock.monotonic() + STOP_TRANSFER_S
-        for group in self.groups.values():
-            if group.is_leader:
-                self.core.transfer(group.spec.id)
-        self.wake()
-        while self.clock.monotonic() < until_s:
-            leading = [g for g in self.groups.values() if g.is_leader and len(g.spec.members) > 1]
-            if not leading or self.core.fatal is not None:
-                return
-            await asyncio.sleep(0.01)
 
 
 class AsyncGroup:

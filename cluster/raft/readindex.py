@@ -9,6 +9,7 @@ follower asks the leader for an index; all its waiting reads share the question 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,25 +54,23 @@ class ReadIndex:
         self._round_local: list[Local] = []
         self._round_remote: list[Remote] = []
         self._round_open = False
+        # A follower's questions that are not answered yet, oldest first, and who joined for each.
         self._asked = 0
-        self._asked_until_s = 0.0
-        self._asked_local: list[Local] = []
+        self._ask_again_s = 0.0
+        self._questions: deque[tuple[int, list[Local]]] = deque()
         self._to_apply: list[tuple[int, int, Local]] = []
 
     def __len__(self) -> int:
-        return (
-            len(self._waiting)
-            + len(self._round_local)
-            + len(self._asked_local)
-            + len(self._to_apply)
-        )
+        asked = sum(len(reads) for _, reads in self._questions)
+        return len(self._waiting) + len(self._round_local) + asked + len(self._to_apply)
 
     @property
     def wants_round(self) -> bool:
         return not self._round_open and bool(self._waiting or self._remote)
 
     @property
-    def in_round(self) -> int | None:
+    def open_round(self) -> int | None:
+        """The round whose questions are to be repeated until a majority has answered."""
         return self._round if self._round_open else None
 
     def join(self, read: Local) -> None:
@@ -83,15 +82,15 @@ class ReadIndex:
 
     # -- the leader's rounds --
 
-    def begin_round(self, commit_index: int) -> tuple[int, list[Answer]]:
-        """Everything that waits now joins; (round to ask followers about, answers if alone)."""
+    def begin_round(self, commit_index: int) -> list[Answer]:
+        """Everything that waits now joins `open_round`. Answers at once if there is nobody to ask."""
         self._round += 1
         self._round_index = commit_index
         self._round_acks.clear()
         self._round_local, self._waiting = self._waiting, []
         self._round_remote, self._remote = list(self._remote.values()), {}
         self._round_open = True
-        return self._round, self._finish() if self._majority == 1 else []
+        return self._finish() if self._majority == 1 else []
 
     def probed(self, peer: str, round_: int) -> list[Answer]:
         """A follower still follows. The answers to send when that makes a majority."""
@@ -111,30 +110,38 @@ class ReadIndex:
     # -- a follower's questions --
 
     def begin_ask(self, now_s: float) -> int | None:
-        """The number of a question to send now, if one is due."""
-        if self._asked_local and now_s >= self._asked_until_s:
-            self._waiting = self._asked_local + self._waiting  # unanswered: ask again, together
-            self._asked_local = []
-        if self._asked_local or not self._waiting:
+        """The number of a question to send now, if one is due.
+
+        It is for all reads that wait now, those of unanswered questions included: an answer on
+        a slow way still serves the reads that it was asked for.
+        """
+        if self._questions and now_s < self._ask_again_s:
+            return None
+        while self._questions and not self._questions[0][1]:
+            self._questions.popleft()  # all its reads have expired
+        if not self._questions and not self._waiting:
             return None
         self._asked += 1
-        self._asked_until_s = now_s + self._retry_s
-        self._asked_local, self._waiting = self._waiting, []
+        self._ask_again_s = now_s + self._retry_s
+        self._questions.append((self._asked, self._waiting))
+        self._waiting = []
         return self._asked
 
     def answered(self, number: int, index: int) -> None:
-        if number != self._asked or index < 0:
-            return  # an older question, or a leader that cannot say: the retry asks again
-        for read in self._asked_local:
-            self.join_applied(index, read)
-        self._asked_local = []
+        """The leader's answer, to this question and all before it; `NO_INDEX`: ask again later."""
+        if index < 0:
+            return
+        while self._questions and self._questions[0][0] <= number:
+            for read in self._questions.popleft()[1]:
+                self.join_applied(index, read)
 
     # -- both --
 
     def role_changed(self) -> None:
         """What was asked of, or as, the old leader is asked anew."""
-        self._waiting = self._round_local + self._asked_local + self._waiting
-        self._round_local, self._asked_local, self._round_remote = [], [], []
+        self._waiting = self._unconfirmed()
+        self._round_local, self._round_remote = [], []
+        self._questions.clear()
         self._remote.clear()
         self._round_open = False
 
@@ -155,24 +162,27 @@ class ReadIndex:
         late = [r for r in self._unconfirmed() if r.expires_s <= now_s]
         self._waiting = [r for r in self._waiting if r.expires_s > now_s]
         self._round_local = [r for r in self._round_local if r.expires_s > now_s]
-        self._asked_local = [r for r in self._asked_local if r.expires_s > now_s]
+        for _, reads in self._questions:
+            reads[:] = [r for r in reads if r.expires_s > now_s]
         for read in late:
             read.failed()
 
     def next_wakeup(self) -> float:
         soonest = self._oldest_expires_s()
-        return min(soonest, self._asked_until_s) if self._asked_local else soonest
+        return min(soonest, self._ask_again_s) if self._questions else soonest
 
     def _oldest_expires_s(self) -> float:
         # Reads join in the order in which they expire, and go back in front of younger ones.
-        lists = (self._waiting, self._round_local, self._asked_local)
+        lists = (self._round_local, *(reads for _, reads in self._questions), self._waiting)
         return min((reads[0].expires_s for reads in lists if reads), default=float("inf"))
 
     def fail_all(self) -> None:
         reads = [*self._unconfirmed(), *(read for _, _, read in self._to_apply)]
-        self._waiting, self._round_local, self._asked_local, self._to_apply = [], [], [], []
+        self._waiting, self._round_local, self._to_apply = [], [], []
+        self._questions.clear()
         for read in reads:
             read.failed()
 
     def _unconfirmed(self) -> list[Local]:
-        return [*self._waiting, *self._round_local, *self._asked_local]
+        asked = [read for _, reads in self._questions for read in reads]
+        return [*self._round_local, *asked, *self._waiting]

@@ -10,7 +10,9 @@ from typing import Any
 
 import msgpack
 
-from agentmem_cluster.raft.api import Entry, GroupSpec, Role
+from agentmem_chaos.sim.disk import SimDisk
+from agentmem_cluster.journal.journal import Journal
+from agentmem_cluster.raft.api import GroupSpec, Role
 from agentmem_cluster.raft.core import NodeCore, Ready
 from agentmem_cluster.raft.settings import RaftSettings
 
@@ -37,104 +39,6 @@ class SeededRng:
 
     def token(self, size_bytes: int) -> bytes:
         return self._random.randbytes(size_bytes)
-
-
-class MemoryLog:
-    """A log that keeps apart what is written and what is synced."""
-
-    def __init__(self, journal: MemoryJournal) -> None:
-        self._journal = journal
-        self.entries: list[Entry] = []
-        self.first_index = 1
-        self.base_term = 0
-        self.durable_index = 0
-        self.term = 0
-        self.vote: str | None = None
-        self.saved: tuple[list[Entry], int, str | None] = ([], 0, None)
-        self.hard_state_durable = True
-
-    @property
-    def last_index(self) -> int:
-        return self.first_index + len(self.entries) - 1
-
-    def term_at(self, index: int) -> int:
-        if index == self.first_index - 1:
-            return self.base_term
-        assert self.first_index <= index <= self.last_index, index
-        return self.entries[index - self.first_index].term
-
-    def append(self, entries: Any) -> None:
-        for entry in entries:
-            assert entry.index == self.last_index + 1
-            self.entries.append(entry)
-        self._journal.dirty = True
-
-    def truncate_from(self, index: int) -> None:
-        del self.entries[index - self.first_index :]
-        self.durable_index = min(self.durable_index, index - 1)
-        self._journal.dirty = True
-
-    def slice(self, first: int, last: int, bytes_max: int) -> list[Entry]:
-        taken, size = [], 0
-        for entry in self.entries[first - self.first_index : last - self.first_index + 1]:
-            size += len(entry.command)
-            if taken and size > bytes_max:
-                break
-            taken.append(entry)
-        return taken
-
-    def compact_to(self, index: int) -> None:
-        self.base_term = self.term_at(index)
-        del self.entries[: index - self.first_index + 1]
-        self.first_index = index + 1
-
-    def set_vote(self, term: int, vote: str | None) -> None:
-        self.term, self.vote = term, vote
-        self.hard_state_durable = False
-        self._journal.dirty = True
-
-
-class MemoryJob:
-    def __init__(self, snapshot: dict[Any, Any]) -> None:
-        self.snapshot = snapshot
-
-    def run(self) -> None: ...
-
-
-class MemoryJournal:
-    def __init__(self) -> None:
-        self.logs: dict[tuple[str, int], MemoryLog] = {}
-        self.dirty = False
-        self.full: OSError | None = None
-
-    def group(self, group_id: str, epoch: int) -> MemoryLog:
-        return self.logs.setdefault((group_id, epoch), MemoryLog(self))
-
-    def begin_flush(self) -> MemoryJob | None:
-        if self.full is not None:
-            raise self.full
-        if not self.dirty:
-            return None
-        self.dirty = False
-        return MemoryJob(
-            {k: (list(g.entries), g.term, g.vote, g.last_index) for k, g in self.logs.items()}
-        )
-
-    def flushed(self, job: MemoryJob) -> None:
-        for key, (entries, term, vote, last) in job.snapshot.items():
-            log = self.logs[key]
-            log.saved = (entries, term, vote)
-            log.durable_index = max(log.durable_index, min(last, log.last_index))
-            log.hard_state_durable = (term, vote) == (log.term, log.vote)
-
-    def power_loss(self) -> None:
-        for log in self.logs.values():
-            log.entries, log.term, log.vote = list(log.saved[0]), log.saved[1], log.saved[2]
-            log.durable_index = log.last_index
-            log.hard_state_durable = True
-        self.dirty = False
-
-    def reclaim(self) -> None: ...
 
 
 class ListMachine:
@@ -203,7 +107,6 @@ class World:
         *,
         groups: tuple[str, ...] = ("g",),
         settings: RaftSettings | None = None,
-        journal: Callable[[str], Any] = lambda name: MemoryJournal(),
     ) -> None:
         self.names = names
         self.groups = groups
@@ -215,7 +118,8 @@ class World:
         self.cut: set[tuple[str, str]] = set()
         self.down: set[str] = set()
         self.boots = dict.fromkeys(names, 0)
-        self.journals = {name: journal(name) for name in names}
+        self.disks = {name: SimDisk(random.Random(f"disk/{name}")) for name in names}
+        self.journals: dict[str, Journal] = {}
         self.machines = {(n, g): ListMachine() for n in names for g in groups}
         self.cores: dict[str, NodeCore] = {}
         self.pending: dict[str, Ready] = {}
@@ -228,6 +132,7 @@ class World:
 
     def boot(self, name: str) -> None:
         self.boots[name] += 1
+        self.journals[name] = Journal.open(self.disks[name], segment_bytes=1 << 20)
         core = NodeCore(
             name,
             self.journals[name],
@@ -261,7 +166,9 @@ class World:
                 self.queues[other, name].clear()
                 self.cores[other].peer_down(name)
         if power:
-            self.journals[name].power_loss()
+            self.disks[name].power_loss()
+        else:
+            self.disks[name].kill()
 
     def restart(self, name: str, *, fresh_machines: bool = True) -> None:
         for group in self.groups:
