@@ -1,0 +1,149 @@
+"""The demo's prompt: one line in, one thing done. Errors are told, never thrown at the user."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+
+import agentmem_client as client
+from agentmem_node.cli.devlayout import DevClusterError
+from agentmem_node.cli.exits import failure
+from agentmem_node.cli.status import ask
+from agentmem_node.console.show import Show
+from agentmem_node.console.story import Demo
+
+HELP = """\
+  search WORDS           find memories: `search tea`, `search spare key`
+  search @USER WORDS     within one person's: `search @sunniva where is the key`
+  add WORDS              store a memory of yours; `add @USER WORDS` of somebody
+  kill N                 SIGKILL to node N: `kill 2`
+  restart N              start it again on its data
+  status                 nodes and shards
+  verify                 look for every memory that was acknowledged
+  people                 who is in the sample conversations
+  help                   this list
+  quit                   stop the nodes and leave (Ctrl-D too)"""
+PEOPLE = """\
+  ilka     potter with a failing kiln        jonah    translator, dog Pepper, a van
+  tomasz   night nurse, trail marathon       sunniva  retired ferry captain
+  priya    teacher, robotics club, tea       dee      a data migration, called Lantern"""
+_YOU = "you"
+_WITH_USER = re.compile(r"@(\S+)\s+(.*)", re.DOTALL)
+
+
+def split_user(text: str) -> tuple[str | None, str]:
+    """`@ana what tea` as ("ana", "what tea")."""
+    match = _WITH_USER.match(text)
+    return (match[1], match[2].strip()) if match else (None, text.strip())
+
+
+class Prompt:
+    """Obeys lines until `quit`."""
+
+    def __init__(self, demo: Demo, show: Show) -> None:
+        self._demo = demo
+        self._show = show
+        self._commands: dict[str, Callable[[str], None]] = {
+            "search": self._search,
+            "add": self._add,
+            "kill": self._kill,
+            "restart": self._restart,
+            "status": self._status,
+            "verify": self._verify,
+            "people": lambda _rest: show.say(PEOPLE),
+            "help": lambda _rest: show.say(HELP),
+        }
+
+    def run(self, read: Callable[[str], str] = input) -> None:
+        """Until `quit` or the end of input."""
+        while True:
+            try:
+                line = read("agentmem> ")
+            except EOFError:
+                self._show.say()
+                return
+            if not self.obey(line):
+                return
+
+    def obey(self, line: str) -> bool:
+        """Do what one line says. False: the user wants to leave."""
+        word, _, rest = line.strip().partition(" ")
+        word = word.lower()
+        if word in ("quit", "exit", "q"):
+            return False
+        if not word:
+            return True
+        command = self._commands.get(word)
+        try:
+            if command is None:
+                self._unknown(word)
+            else:
+                command(rest.strip())
+            for crash in self._demo.cluster.crashes():
+                self._show.bad(str(crash))
+        except client.AgentMemError as error:
+            self._show.bad(failure(error).message)
+        except DevClusterError as error:
+            self._show.bad(str(error))
+        return True
+
+    def _unknown(self, word: str) -> None:
+        near = difflib.get_close_matches(word, [*self._commands, "quit"], 1, 0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else "`help` lists what there is."
+        self._show.bad(f"There is no command {word!r}. {hint}")
+
+    def _search(self, rest: str) -> None:
+        user, words = split_user(rest)
+        if not words:
+            self._show.bad("Search for what? `search tea`")
+            return
+        scope = {} if user is None else {"user_id": user}
+        found = self._demo.client.search(words, top_k=5, **scope)  # type: ignore[arg-type]
+        self._show.answer(words, user, found)
+
+    def _add(self, rest: str) -> None:
+        user, words = split_user(rest)
+        if not words:
+            self._show.bad("Add what? `add I prefer mint tea`")
+            return
+        memory = self._demo.add(words, user or _YOU)
+        self._show.good(f"stored {memory.id} of {memory.user_id}, on a majority of its replicas")
+
+    def _number(self, rest: str) -> str | None:
+        if not rest:
+            names = ", ".join(node.id.removeprefix("n") for node in self._demo.cluster.nodes)
+            self._show.bad(f"Which node? {names}")
+            return None
+        return self._demo.cluster.node(rest).id
+
+    def _kill(self, rest: str) -> None:
+        node = self._number(rest)
+        if node is None:
+            return
+        self._demo.cluster.kill(node)
+        self._show.good(f"{node} was killed; `search` and `add` go on while a majority is there")
+
+    def _restart(self, rest: str) -> None:
+        node = self._number(rest)
+        if node is None:
+            return
+        took_s = self._demo.restart(node)
+        self._show.good(f"{node} is back and has caught up, {took_s:.1f} s")
+
+    def _status(self, _rest: str) -> None:
+        running = [n.url for n in self._demo.cluster.nodes if self._demo.cluster.is_running(n.id)]
+        if not running:
+            self._show.bad("No node runs. `restart 1`")
+            return
+        self._show.status(ask(running))
+
+    def _verify(self, _rest: str) -> None:
+        with self._show.bar(
+            "looking for acknowledged memories", len(self._demo.acknowledged)
+        ) as step:
+            missing = self._demo.missing(step)
+        for lost in missing:
+            self._show.bad(f"not found {lost.how}: {lost.text}")
+        if not missing:
+            self._show.good("every acknowledged memory is found, by id and by search")

@@ -1,0 +1,91 @@
+"""The demo as a play: the same scenes for a terminal that only watches, and for CI."""
+
+from __future__ import annotations
+
+import time
+
+from agentmem_node.cli.status import ask
+from agentmem_node.console.show import Show
+from agentmem_node.console.story import NOTES_USER, Demo
+
+_QUESTIONS = 6
+_MISSING_SHOWN_MAX = 10
+
+
+def prepare_model(show: Show) -> None:
+    """Fetch the embedding model before the clock runs. Raises the server's ModelUnavailable."""
+    from agentmem_node.providers.model_files import ensure_model
+
+    with show.bar("embedding model", 100) as step:
+        ensure_model(lambda _what, share: step(round(share * 100), 100))
+
+
+def start_and_load(demo: Demo, show: Show) -> None:
+    """Nodes up, conversations stored, the first question answered."""
+    nodes = len(demo.cluster.nodes)
+    with show.bar("nodes started", nodes) as step:
+        ready: list[str] = []
+
+        def is_up(node: str) -> None:
+            ready.append(node)
+            step(len(ready), nodes)
+
+        demo.start(is_up)
+    for node in demo.cluster.nodes:
+        show.say(f"      {node.id}  {node.url}  pid {demo.cluster.pid(node.id)}")
+    first = demo.client.search("tea", top_k=1)
+    first_s = time.monotonic() - demo.started_at
+    show.good(f"first search answered {first_s:.1f} s after the nodes were started")
+    del first
+    with show.bar("memories stored", 1) as step:
+        demo.load(step)
+
+
+def play(demo: Demo, show: Show) -> int:
+    """All scenes once. Returns how many acknowledged memories are missing: 0 is what is promised."""
+    show.scene("Questions about months of conversations")
+    for question, answer, is_right in demo.ask_questions(_QUESTIONS):
+        show.answer(question.query, question.user_id, answer)
+        if not is_right:
+            show.say("    (another memory was expected first)", "dim")
+    everyone = demo.client.search("tea", top_k=3)
+    show.answer("tea", None, everyone)
+
+    leader = demo.leader_of(NOTES_USER)
+    show.scene(f"Killing {leader} with SIGKILL, while memories are written")
+    outage = demo.kill_while_writing(leader, "which tea does she drink now?")
+    show.good(f"{leader} led the shard of {NOTES_USER!r}; it is dead")
+    if outage.first_search_s is not None:
+        show.good(f"a search was answered {outage.first_search_s:.2f} s after the kill")
+    if outage.first_write_s is None:
+        show.bad("no write was acknowledged after the kill")
+    else:
+        show.good(f"a write was acknowledged {outage.first_write_s:.2f} s after the kill")
+    show.good(f"{outage.acknowledged} memories were acknowledged before and after it")
+    for reason in outage.refused[:3]:
+        show.say(f"      one was not acknowledged: {reason}")
+    show.status(ask([n.url for n in demo.cluster.nodes if n.id != leader]), short=not show.is_live)
+    found = demo.client.search("which tea does she drink now?", user_id=NOTES_USER, top_k=2)
+    show.answer("which tea does she drink now?", NOTES_USER, found)
+
+    show.scene(f"Starting {leader} again")
+    took_s = demo.restart(leader)
+    show.good(f"{leader} is back and has caught up, {took_s:.1f} s")
+
+    show.scene("Looking for every memory that was acknowledged")
+    missing = _verify(demo, show)
+    if outage.first_write_s is None:
+        return max(1, missing)
+    return missing
+
+
+def _verify(demo: Demo, show: Show) -> int:
+    with show.bar("memories looked for, by id and by search", len(demo.acknowledged)) as step:
+        missing = demo.missing(step)
+    for lost in missing[:_MISSING_SHOWN_MAX]:
+        show.bad(f"not found {lost.how}: {lost.text}")
+    if missing:
+        show.bad(f"{len(missing)} acknowledged memories are missing")
+    else:
+        show.good(f"all {len(demo.acknowledged)} acknowledged memories are there")
+    return len(missing)

@@ -1,0 +1,219 @@
+"""What the demo does, without a word of how it is shown.
+
+A `Demo` owns a cluster in a directory, remembers every memory that the cluster acknowledged, and
+can say at any time which of them are missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import agentmem_client as client
+from agentmem_node.cli.devcluster import DevCluster
+from agentmem_node.samples import Question, conversations, questions
+
+BATCH = 50
+# One of these is asked for by its exact words: it must be among so many results.
+FOUND_WITHIN = 10
+_VERIFY_TRIES = 3
+_WRITE_DEADLINE_S = 10.0
+_DURING_S_MIN = 2.0
+_DURING_WRITES_MAX = 400
+_CATCH_UP_S_MAX = 30.0
+# Every one must be alike in kind and unlike in a word, as log entries are.
+_NOTE = "Parcel PX{number:04d} was put on shelf {shelf} while a node was down"
+NOTES_USER = "priya"
+
+Acknowledged = dict[str, tuple[str, str]]
+"""Memory id -> (user, text)."""
+
+
+@dataclass(slots=True)
+class Outage:
+    """What happened to writes around a kill. Seconds since the kill."""
+
+    killed: str
+    acknowledged: int = 0
+    refused: list[str] = field(default_factory=list)
+    first_write_s: float | None = None
+    first_search_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """An acknowledged memory that was not found."""
+
+    id: str
+    text: str
+    how: str  # "by id" or "by search"
+
+
+class Demo:
+    """Not for use by several threads, except where it says so."""
+
+    def __init__(self, data: Path, nodes: int = 3) -> None:
+        self.cluster = DevCluster(data, nodes=nodes, name="demo")
+        self.acknowledged: Acknowledged = {}
+        self.started_at = 0.0
+        self._client: client.Client | None = None
+        self._notes = itertools.count(1)
+
+    @property
+    def client(self) -> client.Client:
+        """A client that knows every node."""
+        if self._client is None:
+            self._client = client.Client(self.cluster.urls)
+        return self._client
+
+    # -- life -------------------------------------------------------------------------------
+
+    def start(self, progress: Callable[[str], None] | None = None) -> float:
+        """Start the nodes; returns the seconds until all were ready."""
+        self.started_at = time.monotonic()
+        self.cluster.start()
+        self.cluster.wait_ready(progress=progress)
+        return time.monotonic() - self.started_at
+
+    def close(self) -> None:
+        """Stop everything; the files stay."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        self.cluster.stop()
+
+    # -- scenes -----------------------------------------------------------------------------
+
+    def load(self, progress: Callable[[int, int], None]) -> int:
+        """Store the sample conversations; `progress` is told (done, all)."""
+        items = conversations()
+        added = self.client.add_many(
+            items, batch_size=BATCH, progress=lambda done, _part: progress(done, len(items))
+        )
+        for memory in added.memories:
+            self.remember(memory)
+        if added.errors:
+            raise added.errors[0][1]
+        return len(added.memories)
+
+    def remember(self, memory: client.Memory) -> None:
+        """Hold the cluster to it: this memory was acknowledged."""
+        self.acknowledged[memory.id] = (memory.user_id or "", memory.content)
+
+    def add(self, text: str, user: str) -> client.Memory:
+        (memory,) = self.client.add(text, user_id=user).memories
+        self.remember(memory)
+        return memory
+
+    def leader_of(self, user: str) -> str:
+        """The node that leads the shard of a user's memories. Raises NoQuorum without one."""
+        shard = self.client.cluster().shard_of_owner(f"user:{user}")
+        if shard is None or shard.leader is None:
+            raise client.NoQuorum(f"The shard of {user} has no leader now.")
+        return shard.leader
+
+    def kill_while_writing(self, node: str, search: str) -> Outage:
+        """SIGKILL to `node` while memories are written one after the other; they go on after it."""
+        outage = Outage(node)
+        killed_at = 0.0
+        begun, enough = threading.Event(), threading.Event()
+
+        def write() -> None:
+            for note in self._note_texts():
+                if enough.is_set():
+                    return
+                try:
+                    added = self.client.add(note, user_id=NOTES_USER, deadline_s=_WRITE_DEADLINE_S)
+                except client.AgentMemError as error:
+                    outage.refused.append(error.message)
+                    continue
+                outage.acknowledged += 1
+                for memory in added.memories:
+                    self.remember(memory)
+                begun.set()
+                if killed_at and outage.first_write_s is None:
+                    outage.first_write_s = time.monotonic() - killed_at
+
+        writer = threading.Thread(target=write, name="demo-writer")
+        writer.start()
+        try:
+            begun.wait(_WRITE_DEADLINE_S)
+            self.cluster.kill(node)
+            killed_at = time.monotonic()
+            self.client.search(search, user_id=NOTES_USER)
+            outage.first_search_s = time.monotonic() - killed_at
+            deadline = killed_at + _WRITE_DEADLINE_S
+            while outage.first_write_s is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(max(0.0, killed_at + _DURING_S_MIN - time.monotonic()))
+        finally:
+            enough.set()
+            writer.join(_WRITE_DEADLINE_S + 5.0)
+        return outage
+
+    def _note_texts(self) -> Iterator[str]:
+        for number in itertools.islice(self._notes, _DURING_WRITES_MAX):
+            yield _NOTE.format(number=number, shelf=number % 7 + 1)
+
+    def restart(self, node: str) -> float:
+        """Start a killed node; returns the seconds until it was ready and had caught up."""
+        # Imported here: it brings tables that only a few need.
+        from agentmem_node.cli.status import ask
+
+        begun = time.monotonic()
+        self.cluster.restart(node)
+        while time.monotonic() - begun < _CATCH_UP_S_MAX:
+            state = ask([self.cluster.node(node).url])
+            own = [shard for shard in state.shards if node in shard.members]
+            if all(node in shard.applied and shard.lag == 0 for shard in own):
+                break
+            time.sleep(0.1)
+        return time.monotonic() - begun
+
+    def missing(self, progress: Callable[[int, int], None] | None = None) -> list[Missing]:
+        """Every acknowledged memory that is not found by its id and by its own words."""
+        found: list[Missing] = []
+        entries = list(self.acknowledged.items())
+        for start in range(0, len(entries), BATCH):
+            part = entries[start : start + BATCH]
+            for memory_id, (_, text) in part:
+                try:
+                    if self.client.get(memory_id).content != text:
+                        found.append(Missing(memory_id, text, "by id (its text differs)"))
+                except client.NotFound:
+                    found.append(Missing(memory_id, text, "by id"))
+            found += self._not_found_by_search(part)
+            if progress is not None:
+                progress(min(start + BATCH, len(entries)), len(entries))
+        return found
+
+    def _not_found_by_search(self, part: list[tuple[str, tuple[str, str]]]) -> list[Missing]:
+        left = part
+        for _ in range(_VERIFY_TRIES):
+            searches = [
+                {"query": text, "user_id": user, "top_k": FOUND_WITHIN} for _, (user, text) in left
+            ]
+            answers = self.client.search_many(searches)
+            # An answer that names silent shards is no proof of absence: ask again.
+            unsure, lost = [], []
+            for entry, answer in zip(left, answers, strict=True):
+                if entry[0] in {hit.id for hit in answer}:
+                    continue
+                (unsure if answer.partial else lost).append(entry)
+            if lost or not unsure:
+                return [Missing(i, text, "by search") for i, (_, text) in [*lost, *unsure]]
+            left = unsure
+        return [Missing(i, text, "by search (shards silent)") for i, (_, text) in left]
+
+    def ask_questions(self, count: int) -> Iterator[tuple[Question, client.SearchResult, bool]]:
+        """Some of the sample questions: (question, answer, whether an expected memory is in it)."""
+        texts = [item["content"] for item in conversations()]
+        every = questions()
+        for question in every[:: max(1, len(every) // count)][:count]:
+            answer = self.client.search(question.query, user_id=question.user_id, top_k=3)
+            expected = {texts[at] for at in question.expected}
+            yield question, answer, any(hit.content in expected for hit in answer)
