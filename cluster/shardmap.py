@@ -94,6 +94,10 @@ class ShardMap:
     def shards_of_node(self, node: str) -> list[ShardInfo]:
         return [shard for shard in self._by_range if node in shard.members]
 
+    def nodes(self) -> set[str]:
+        """Every node that has a replica of some shard."""
+        return {member for shard in self._by_range for member in shard.members}
+
     def to_wire(self) -> dict[str, Any]:
         """Plain values for msgpack or JSON."""
         return {

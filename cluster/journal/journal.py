@@ -9,6 +9,7 @@ journal.flushed(job)                        durable_index moves, on the loop
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from enum import Enum
 from zlib import crc32
 
@@ -18,9 +19,9 @@ from agentmem_cluster.journal.group import GroupLog, Record
 from agentmem_cluster.journal.recovery import Recovered, recover
 from agentmem_cluster.journal.runs import TOKEN_BASE, Run
 from agentmem_cluster.journal.segments import Segments, Tidying, is_no_space
-from agentmem_cluster.runtime import Disk, File
+from agentmem_cluster.runtime import Clock, Disk, File
 
-__all__ = ["FlushJob", "GroupLog", "Journal", "JournalCorrupt"]
+__all__ = ["FlushJob", "GroupLog", "Journal", "JournalCorrupt", "JournalStats"]
 
 SEGMENT_BYTES = 64 << 20
 WINDOW_BYTES = 32 << 20
@@ -28,6 +29,21 @@ WINDOW_BYTES = 32 << 20
 _LEFTOVER_PART = 4
 _RELOCATED_BYTES_MAX = 4 << 20
 _SEGMENTS_KEPT = 2
+
+
+_SLOWEST_OF_S = 60.0
+
+
+@dataclass(slots=True)
+class JournalStats:
+    """Counters since the journal was opened; `sync_seconds_max` is of the last minute or two."""
+
+    size_bytes: int = 0
+    segments: int = 0
+    written_bytes: int = 0
+    syncs: int = 0
+    sync_seconds: float = 0.0
+    sync_seconds_max: float = 0.0
 
 
 class _Stage(Enum):
@@ -50,14 +66,17 @@ class FlushJob:
         self.new_segment = False
         self.covers: dict[GroupLog, tuple[int, int]] = {}  # last index, hard state changes
         self.oldest_needed: int | None = None
+        self.sync_s = 0.0
 
     def run(self) -> None:
         """Raises OSError; after ENOSPC `begin_flush` writes the same again."""
         self.stage = _Stage.FAILED
         if self.file is not None:
+            begun_s = self._journal.now_s()
             self.file.datasync()
             if self.new_segment:
                 self._journal.sync_names()
+            self.sync_s = self._journal.now_s() - begun_s
             self._journal.mark(self.sequence)
         self.tidying.run()
         self.stage = _Stage.SYNCED
@@ -66,9 +85,15 @@ class FlushJob:
 class Journal:
     """Made by `open`. `recovered` says what recovery found, and what it cut."""
 
-    def __init__(self, disk: Disk, path: str, segment_bytes: int, window_bytes: int) -> None:
+    def __init__(
+        self, disk: Disk, path: str, segment_bytes: int, window_bytes: int, clock: Clock | None
+    ) -> None:
         self.path = path
         self._disk = disk
+        self._clock = clock
+        self._stats = JournalStats()
+        self._slowest = (0.0, 0.0)  # of the minute before, and of this one
+        self._minute_began_s = self.now_s()
         self._window_bytes_max = window_bytes
         self._segments = Segments(disk, path, segment_bytes)
         mark_name = f"{path}/synced"
@@ -106,16 +131,17 @@ class Journal:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         window_bytes: int = WINDOW_BYTES,
+        clock: Clock | None = None,
     ) -> Journal:
         """Recover the journal, or begin one.
 
         Cuts what a crash tore. Raises JournalCorrupt when what may have been acknowledged is
-        damaged.
+        damaged. `clock` is for `stats` only.
         """
         if not disk.exists(path):
             disk.make_dir(path)
             disk.sync_dir(path.rpartition("/")[0])
-        return cls(disk, path, segment_bytes, window_bytes)
+        return cls(disk, path, segment_bytes, window_bytes, clock)
 
     def _make_durable(self) -> None:
         """What was read may stand in the page cache only, which a power loss would not keep."""
@@ -192,6 +218,7 @@ class Journal:
         if job.file is None:
             return
         self._synced = job.sequence
+        self._count(job)
         for group, (last_index, hard_changes) in job.covers.items():
             group.flushed(last_index, hard_changes)
         if job.oldest_needed is not None:
@@ -279,6 +306,26 @@ class Journal:
             and (bool(self._dead) or 2 * self._offset > self._segments.segment_bytes)
         )
         return Tidying(self._segments, list(self._dead), following if wanted else None)
+
+    def _count(self, job: FlushJob) -> None:
+        stats = self._stats
+        stats.syncs += 1
+        stats.written_bytes += len(job.data)
+        stats.sync_seconds += job.sync_s
+        now_s = self.now_s()
+        if now_s - self._minute_began_s > _SLOWEST_OF_S:
+            self._minute_began_s = now_s
+            self._slowest = (self._slowest[1], 0.0)
+        self._slowest = (self._slowest[0], max(self._slowest[1], job.sync_s))
+
+    def stats(self) -> JournalStats:
+        self._stats.size_bytes = self.bytes_used
+        self._stats.segments = len(self._segments.numbers())
+        self._stats.sync_seconds_max = max(self._slowest)
+        return self._stats
+
+    def now_s(self) -> float:
+        return 0.0 if self._clock is None else self._clock.monotonic()
 
     def sync_names(self) -> None:
         self._disk.sync_dir(self.path)

@@ -79,6 +79,8 @@ class Connection(asyncio.Protocol):
         self._reason = ""
         self._out: list[bytes] = []
         self._out_bytes = 0
+        self.sent_bytes = 0
+        self.received_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._heard_at = 0.0
@@ -117,6 +119,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
+        self.received_bytes += len(data)
         if self._reason:
             return
         try:
@@ -167,6 +170,7 @@ class Connection(asyncio.Protocol):
         data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
         self._out = []
         self._out_bytes = 0
+        self.sent_bytes += len(data)
         if not self._transport.is_closing():
             self._transport.write(data)
 

@@ -10,19 +10,32 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from agentmem_cluster.errors import Unavailable
 from agentmem_cluster.link import wire
 from agentmem_cluster.link.calls import Calls, Handler
 from agentmem_cluster.link.connection import Connection, LinkLimits
-from agentmem_cluster.link.identity import Identity, LinkTls
+from agentmem_cluster.link.identity import Identity
+from agentmem_cluster.link.tls import LinkTls
 from agentmem_cluster.realtime import RealRng
 from agentmem_cluster.runtime import Clock, Rng
 
-__all__ = ["Link", "LinkLimits", "LinkTls"]
+__all__ = ["Link", "LinkLimits", "LinkTls", "PeerStats"]
 
 log = logging.getLogger("agentmem.link")
+
+
+@dataclass(slots=True)
+class PeerStats:
+    """The link to one peer; bytes since this node started, before encryption."""
+
+    name: str
+    connected: bool = False
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    queued_bytes: int = 0
 
 
 class Link:
@@ -65,6 +78,7 @@ class Link:
         self._server: asyncio.Server | None = None
         self._started = False
         self._refusals: dict[str, str] = {}
+        self._traffic: dict[str, tuple[int, int]] = {}  # of connections that ended
         self._set_peers(peers)
 
     # -- life ---------------------------------------------------------------------------
@@ -150,6 +164,20 @@ class Link:
         if up is None:
             raise Unavailable(f"Node {peer} is not connected to node {self.node_id}.", peer=peer)
         return await up[1].call(method, body, timeout)
+
+    def stats(self) -> list[PeerStats]:
+        """One a peer, by name."""
+        found = []
+        for name in sorted(self._peers):
+            sent, received = self._traffic.get(name, (0, 0))
+            stats = PeerStats(name, name in self._up, sent, received)
+            if stats.connected:
+                connection = self._up[name][0]
+                stats.sent_bytes += connection.sent_bytes
+                stats.received_bytes += connection.received_bytes
+                stats.queued_bytes = connection.buffered_bytes
+            found.append(stats)
+        return found
 
     # -- dialling -----------------------------------------------------------------------
 
@@ -272,6 +300,8 @@ class Link:
                 self._refusals[f"{connection.expected} says"] = reason
             log.warning("link: %s was not connected: %s", who, reason)
             return
+        sent, received = self._traffic.get(peer, (0, 0))
+        self._traffic[peer] = (sent + connection.sent_bytes, received + connection.received_bytes)
         up = self._up.get(peer)
         if up is not None and up[0] is connection:
             del self._up[peer]
