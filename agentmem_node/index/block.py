@@ -7,8 +7,7 @@ a freshly built one rank alike (a property test says so).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -21,12 +20,11 @@ from agentmem_node.index.postings import Postings
 from agentmem_node.index.runs import RunLinks
 from agentmem_node.index.source import IndexDoc
 from agentmem_node.index.vectors import VectorRows
-from agentmem_node.model.filters import metadata_value
+from agentmem_node.model.filter_tree import metadata_value
 
 # Dead rows cost scan time; beyond this share (and a few) the block is packed.
 _DEAD_SHARE_MAX: Final = 0.2
 _DEAD_ROWS_MIN: Final = 64
-_BUILD_DOCS: Final = 1_024
 # Metadata paths that filters have asked for and that are kept as columns.
 _METADATA_COLUMNS_MAX: Final = 16
 
@@ -39,24 +37,18 @@ class Block:
         self.vectors = VectorRows(dim)
         self.terms_total = 0  # over live memories: the average length is exact
         self.generation = 0  # counts changes
+        self.text_space: int | None = None  # in the node's index of phrases, once one was sought
+        self.on_text: Callable[[int, str | None], None] | None = None  # doc, text; None: removed
         self._analyzer = analyzer
         self._defaults = defaults
         self._context: tuple[int, Floats, Floats, Floats] | None = None
 
-    @classmethod
-    def build(
-        cls, docs: Iterable[IndexDoc], count: int, dim: int, analyzer: Analyzer,
-        defaults: RankingDefaults,
-    ) -> Block:  # fmt: skip
-        """`docs` in `doc` order; `count` is a hint of how many."""
-        block = cls(dim, analyzer, defaults)
-        block.columns.reserve(count + 1)
-        block.vectors.reserve(count + 1, used=1)
-        remaining = iter(docs)
-        while part := list(islice(remaining, _BUILD_DOCS)):
-            block.put(part)
-        block.postings.merge()
-        return block
+    def reserve(self, memories: int) -> None:
+        """Room for so many memories in all, so that filling does not copy what is there."""
+        rows = memories + 1
+        self.columns.reserve(rows)
+        self.links.reserve(rows)
+        self.vectors.reserve(rows, self.columns.n)
 
     def put(self, docs: Sequence[IndexDoc]) -> None:
         """Add memories, or replace those whose `doc` is known."""
@@ -86,11 +78,11 @@ class Block:
         return self.terms_total / self.columns.live if self.terms_total else 1.0
 
     def context(self) -> tuple[Floats, Floats, Floats]:
-        """Of every row: length seen with neighbours, 1 / sum of weights present, trust in length."""
+        """Of every row: length seen with neighbours, 1 / sum of their weights, trust in length."""
         if self._context is None or self._context[0] != self.generation:
             n = self.columns.n
             length = self.columns.length[:n].astype(np.float64)
-            trust = length / (length + self._defaults.length_half)
+            trust = (length + 1.0) / (length + 1.0 + self._defaults.length_half)
             if self.links.has_links:
                 ones = np.ones(n)
                 ones[0] = 0.0
@@ -106,15 +98,20 @@ class Block:
     def with_neighbours(self, values: Floats) -> Floats:
         """values + weights * the values of the neighbours; values[0], of no memory, must be 0."""
         n = self.columns.n
-        near, far = self._defaults.context_weights
+        earlier_1, earlier_2 = self._defaults.context_earlier
+        later_1, later_2 = self._defaults.context_later
         before, after = self.links.before[:n], self.links.after[:n]
-        # Added in pairs of the same distance: a + b is b + a, whatever the direction.
-        lent = values[before] + values[after]
-        lent *= near
-        further = values[before[before]] + values[after[after]]
-        further *= far
-        lent += further
+        lent = values[before]
+        lent *= earlier_1
         lent += values
+        for rows, weight in (
+            (before[before], earlier_2),
+            (after, later_1),
+            (after[after], later_2),
+        ):
+            part = values[rows]
+            part *= weight
+            lent += part
         return lent
 
     def metadata_column(self, path: str, read: Callable[[int], Mapping[str, Any]]) -> Coded:
@@ -155,8 +152,8 @@ class Block:
     def _replace(self, doc: IndexDoc) -> None:
         row = self.columns.row_of(doc.doc)
         if row is None:
-            # A doc number below the newest that was never seen: its add was packed away since.
-            raise ValueError(f"doc {doc.doc} is neither new nor known")
+            # Added and deleted again while the block was being built: its removal is yet to come.
+            return
         if self.columns.is_live[row]:
             self._clear(row)
         self.columns.replace(row, doc)
@@ -164,8 +161,10 @@ class Block:
 
     def _index(self, rows: Sequence[int], docs: Sequence[IndexDoc]) -> None:
         """Terms, vectors and links of rows whose columns are filled."""
-        terms = [self._analyzer.keys(doc.memory.content) for doc in docs]
-        lengths = [len(t) for t in terms]
+        analyzer = self._analyzer
+        terms = [analyzer.keys(doc.memory.content) for doc in docs]
+        lengths = [len(t) for t in terms]  # without the terms of dates, which no text wrote
+        terms = [t + analyzer.date_keys(d.created_ms) for t, d in zip(terms, docs, strict=True)]
         self.columns.length[rows[0] : rows[-1] + 1] = lengths
         self.terms_total += sum(lengths)
         self.postings.add(rows, terms)
@@ -179,12 +178,17 @@ class Block:
             memory = doc.memory
             if memory.run_id is not None:
                 self.links.insert(row, memory.scope.owner, memory.run_id, self.columns)
+        if self.on_text is not None:
+            for doc in docs:
+                self.on_text(doc.doc, doc.memory.content)
         for path, column in self.columns.metadata.items():
             for row, doc in zip(rows, docs, strict=True):
                 column.codes[row] = metadata_code(column, doc.memory.metadata, path)
 
     def _clear(self, row: int) -> None:
         self.terms_total -= int(self.columns.length[row])
+        if self.on_text is not None:
+            self.on_text(int(self.columns.doc[row]), None)
         self.columns.kill(row)
         self.postings.remove(row)
         self.links.remove(row)

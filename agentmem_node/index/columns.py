@@ -93,7 +93,7 @@ class Columns:
         self.metadata: dict[str, Coded] = {}  # filled on demand, path by path
 
     def reserve(self, rows: int) -> None:
-        """Room for `rows` rows in all. Untouched room costs no memory: the kernel maps it lazily."""
+        """Room for `rows` rows in all. Untouched room costs nothing: it is mapped lazily."""
         if rows <= self.capacity:
             return
         self.capacity = max(rows, self.capacity + self.capacity // 2)

@@ -14,27 +14,36 @@ from agentmem_node.model.search import LegName
 
 @dataclass(frozen=True, slots=True)
 class RankingDefaults:
-    """Constants stand on plateaus: within wide ranges around each, retrieval quality hardly moves."""
+    """Constants on plateaus: within wide ranges around each, retrieval quality hardly moves."""
 
     legs: tuple[tuple[LegName, float], ...] = (("vector", 1.0), ("bm25", 1.0))
-    """What a search without `legs` uses, where it applies (no text, no BM25; no vector, no vector leg)."""
+    """What a search without `legs` uses, as far as it has a text and a vector."""
 
     bm25_k1: float = 0.9
-    """How soon more repetitions of a word stop counting. Memories are short: repetition says little."""
+    """How late repetitions of a word stop counting. Memories are short: they say little."""
 
     bm25_b: float = 0.4
-    """How much a long memory's words count less. Low: conversation turns differ in length for no reason."""
+    """How much less a long memory's words count. Little: turns differ in length by chance."""
 
-    context_weights: tuple[float, float] = (0.3, 0.3)
-    """What a memory takes from the texts one and two steps away in its run, before and after it.
+    context_earlier: tuple[float, float] = (0.35, 0.35)
+    """What a memory takes from the texts one and two steps before it in its run.
 
     A turn such as "Yes, last May!" is found by the question that it answers. The weights hold for
     words (BM25F: term frequencies of the neighbours are added) and for vectors (weighted mean)."""
 
+    context_later: tuple[float, float] = (0.2, 0.2)
+    """The same from the texts after it. Less: an answer follows its question."""
+
     length_half: float = 4.0
-    """A text of this many words has half of its cosine taken at face value: `n / (n + length_half)`.
+    """A cosine is trusted by (n + 1) / (n + 1 + length_half), n being the words of the memory.
 
     Greetings of two words are near to everything. Applies when the query has text."""
+
+    unknown_word_weight: float = 0.5
+    """How much a word that no memory has counts among what BM25 could have found.
+
+    It makes a score say whether the memories are about the question at all, so that a threshold
+    means the same for any owner."""
 
     recency_half_life_ms: int = 30 * 86_400_000
     """Age at which the recency leg says 0.5."""
@@ -50,7 +59,8 @@ class RankingDefaults:
     scored again in float32.
 
     A step is 1/300 at 384 dimensions, where the int8 error of a cosine has a standard deviation
-    of 0.001 to 0.0015 (measured): the order is that of an exact scan, and pages of any size agree."""
+    of 0.001 to 0.0015 (measured): the order is that of an exact scan, and pages of any size
+    agree."""
 
     graph_rows_min: int = 16_384
     """From this many vectors on a block is searched by HNSW instead of by a scan of all."""

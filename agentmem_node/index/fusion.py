@@ -88,7 +88,7 @@ def fuse(
             if query.after is None or (-score, candidate.id) > (-query.after[0], query.after[1]):
                 found.append((-score, candidate.id, number, candidate))
     found.sort(key=lambda row: row[:2])
-    hits = []
+    hits: list[Hit] = []
     missing = []
     for negative, key, number, candidate in found[: query.top_k]:
         hit = Hit(key, -negative, candidate.record)
@@ -138,7 +138,7 @@ def _explained(
 ) -> dict[str, LegHit]:
     """Each leg's part in the score; contributions add up to it. Rank 0: beyond the rank window."""
     weight_sum = sum(weight for _, weight in legs)
-    explained = {}
+    explained: dict[str, LegHit] = {}
     for (name, weight), score, leg_ranks in zip(legs, candidate.scores, ranks, strict=True):
         rank = leg_ranks.get(candidate.id, 0)
         if query.fusion == "weighted":

@@ -1,7 +1,7 @@
 """Filters as masks: which rows of a block may be ranked at all, decided before ranking.
 
 Columns of few distinct values (ids, types, categories, metadata) are tested once a distinct
-value; numbers are compared a column at a time. `agentmem_node.model.filters` says what the
+value; numbers are compared a column at a time. `agentmem_node.model.filter_tree` says what the
 operators mean, for both.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from agentmem_node.index.block import Block
 from agentmem_node.index.columns import MEMORY_TYPES, NEVER_MS, Bools, Coded, Floats, Ints
-from agentmem_node.model.filters import (
+from agentmem_node.model.filter_tree import (
     METADATA_PREFIX,
     SCOPE_FIELDS,
     TIME_FIELDS,
@@ -52,7 +52,9 @@ def candidates(
             continue
         column = columns.coded[field]
         code = column.find(value)
-        mask = _both(mask, np.zeros(n, dtype=np.bool_) if code is None else column.codes[:n] == code)
+        mask = _both(
+            mask, np.zeros(n, dtype=np.bool_) if code is None else column.codes[:n] == code
+        )
     if tree is not None:
         within = np.ones(n, dtype=np.bool_) if mask is None else mask.copy()
         within[0] = False
@@ -80,32 +82,33 @@ class _Evaluator:
             for part in sorted(tree.parts, key=_cost):
                 found |= self.mask(part, within & ~found)
             return found
-        return within & ~self.mask(tree.part, within)
+        return _and(within, ~self.mask(tree.part, within))
 
     def _compare(self, test: Compare, within: Bools) -> Bools:
         columns = self._block.columns
         n = len(within)
         field = test.field
         if field in columns.coded:
-            return within & _tested(columns.coded[field], test, n)
+            return _and(within, _tested(columns.coded[field], test, n))
         if field.startswith(METADATA_PREFIX):
             path = field[len(METADATA_PREFIX) :]
-            return within & _tested(self._block.metadata_column(path, self._read), test, n)
+            column = self._block.metadata_column(path, self._read)
+            return _and(within, _tested(column, test, n))
         if field == "memory_type":
             table = np.array([holds(test.op, name, test.value) for name in MEMORY_TYPES])
-            return within & table[columns.memory_type[:n]]
+            return _and(within, table[columns.memory_type[:n]])
         if field == "importance":
-            return within & _numbers(columns.importance[:n], test)
+            return _and(within, _numbers(columns.importance[:n], test))
         if field in TIME_FIELDS:
             times: Ints = getattr(columns, field.replace("_at", "_ms"))[:n]
             if field != "expires_at":
-                return within & _numbers(times, test)
+                return _and(within, _numbers(times, test))
             is_set = times != NEVER_MS
             if test.op == "exists":
-                return within & (is_set == test.value)
+                return _and(within, is_set == test.value)
             if test.op in ("ne", "nin"):
-                return within & (~is_set | _numbers(times, test))
-            return within & is_set & _numbers(times, test)
+                return _and(within, ~is_set | _numbers(times, test))
+            return _and(within, is_set & _numbers(times, test))
         found: Bools = np.zeros(n, dtype=np.bool_)
         for row in np.flatnonzero(within).tolist():
             if field == "id":
@@ -160,6 +163,11 @@ def _cost(tree: Filter) -> int:
     if isinstance(tree, And | Or):
         return max(map(_cost, tree.parts), default=0)
     return _cost(tree.part)
+
+
+def _and(within: Bools, other: Bools) -> Bools:
+    passed: Bools = within & other
+    return passed
 
 
 def _both(mask: Bools | None, other: Bools) -> Bools:

@@ -22,11 +22,11 @@ Keys = npt.NDArray[np.uint64]
 
 
 class Matches(NamedTuple):
-    """One entry per (term, memory): the position of the term among those asked, row, count > 0."""
+    """One entry per (term, memory): the term's position among those asked, and so on."""
 
     term: Ints
     row: Ints
-    count: npt.NDArray[np.float64]
+    occurrences: npt.NDArray[np.float64]
 
 
 class Postings:
@@ -96,9 +96,8 @@ class Postings:
         return found
 
     def matches(self, keys: Sequence[int]) -> Matches:
-        """The entries of the terms, by term; within a term by row, those of the tail last."""
-        if self._tail > max(_TAIL_MIN, len(self._rows) // 8):
-            self.merge()
+        """The entries of the terms, by term."""
+        self.merge_if_long()
         rows: list[npt.NDArray[Any]] = []
         counts: list[npt.NDArray[Any]] = []
         lengths = [0] * len(keys)
@@ -135,6 +134,10 @@ class Postings:
                 return Matches(term[held], row[held], count[held])
         return Matches(term, row, count)
 
+    def merge_if_long(self) -> None:
+        if self._tail > max(_TAIL_MIN, len(self._rows) // 8):
+            self.merge()
+
     def merge(self) -> None:
         """Bring the tail into the base, and drop zeroed entries."""
         keys = np.concatenate(
@@ -157,7 +160,8 @@ class Postings:
         if not counts.all():
             held = counts > 0
             keys, rows, counts = keys[held], rows[held], counts[held]
-        order = np.lexsort((rows, keys))
+        # Stable: the base is sorted already, which this sort takes advantage of.
+        order = keys.argsort(kind="stable")
         keys = keys[order]
         self._rows, self._counts = rows[order], counts[order]
         first = np.ones(len(keys), dtype=np.bool_)

@@ -81,7 +81,8 @@ class RunLinks:
     def _members(self, number: int, row: int, columns: Columns) -> Ints:
         """The rows of a run other than `row`."""
         members = np.flatnonzero(self.run[: columns.n] == number)
-        return members[members != row]
+        others: Ints = members[members != row]
+        return others
 
     def _place(self, row: int, number: int, columns: Columns) -> int:
         """The row of the run that comes right before `row`; 0 when none does."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from agentmem_node.index.analysis import QueryTerms
 from agentmem_node.index.block import Block
 from agentmem_node.index.columns import Floats, Ints
 from agentmem_node.index.defaults import RankingDefaults
@@ -45,60 +46,66 @@ def merge_stats(parts: Sequence[TextStats]) -> TextStats:
     )
 
 
-def block_stats(block: Block, keys: Sequence[int]) -> TextStats:
+def block_stats(block: Block, terms: QueryTerms) -> TextStats:
     return TextStats(
-        block.columns.live, block.terms_total, tuple(block.postings.frequencies(keys))
+        block.columns.live, block.terms_total, tuple(block.postings.frequencies(terms.keys))
     )
 
 
 def bm25_scores(
-    block: Block, keys: Sequence[int], stats: TextStats, defaults: RankingDefaults
+    block: Block, terms: QueryTerms, stats: TextStats, defaults: RankingDefaults
 ) -> Floats | None:
     """BM25 over a memory's own words and those lent by its neighbours (BM25F), divided by the sum
     of the terms' weights, which it can never reach; None when no term is known.
 
     sum(idf * tf / (tf + k1 * (1 - b + b * length / average))) / sum(idf)
-    with idf = ln(1 + (N - df + .5) / (df + .5)), as Lucene and tantivy have it.
+    with idf = ln(1 + (N - df + .5) / (df + .5)), as Lucene and tantivy have it. A word that no
+    memory has adds a part of its weight to the divisor; an unknown date adds nothing.
     """
     total = stats.memories
-    weights = [
-        math.log(1.0 + (total - df + 0.5) / (df + 0.5)) if df else 0.0 for df in stats.frequencies
-    ]
-    weight_sum = math.fsum(weights)
-    if not weight_sum:
-        return None
-    matches = block.postings.matches(keys)
-    n = block.columns.n
+    weights = []
+    weight_sum = 0.0
+    for position, df in enumerate(stats.frequencies):
+        weight = math.log(1.0 + (total - df + 0.5) / (df + 0.5))
+        if df:
+            weight_sum += weight
+        else:
+            if position < terms.words:
+                weight_sum += weight * defaults.unknown_word_weight
+            weight = 0.0
+        weights.append(weight)
+    matches = block.postings.matches(terms.keys)
     if not len(matches.row):
-        return np.zeros(n)
+        return None
+    n = block.columns.n
     if block.links.has_links:
-        matches = _lend(block, matches, len(keys), defaults)
-    average = stats.terms_total / total
+        matches = _lend(block, matches, len(terms.keys), defaults)
+    average = stats.terms_total / total or 1.0
     k1, b = defaults.bm25_k1, defaults.bm25_b
     gain = block.context()[0][matches.row]
     gain *= k1 * b / average
     gain += k1 * (1.0 - b)
-    gain += matches.count
-    np.divide(matches.count, gain, out=gain)
+    gain += matches.occurrences
+    np.divide(matches.occurrences, gain, out=gain)
     gain *= np.array([w / weight_sum for w in weights])[matches.term]
     scores: Floats = np.bincount(matches.row, gain, n)
     return scores
 
 
 def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults) -> Matches:
-    """Counts with those of neighbours added. Who is my neighbour, I am theirs: so every entry is
-    dealt out to the rows around it."""
+    """Counts with those of neighbours added: every entry is dealt out to the rows around it, to
+    the later ones as something earlier, to the earlier ones as something later."""
     n = block.columns.n
     before, after = block.links.before, block.links.after
-    near, far = defaults.context_weights
     row = matches.row
     left, right = before[row], after[row]
-    rows = np.concatenate([row, left, right, before[left], after[right]])
+    rows = np.concatenate([row, right, after[right], left, before[left]])
     base = matches.term * n
     cells = rows + np.concatenate([base] * 5)
-    count = matches.count
-    lent_near, lent_far = count * near, count * far
-    lent = np.concatenate([count, lent_near, lent_near, lent_far, lent_far])
+    count = matches.occurrences
+    weights = (*defaults.context_earlier, *defaults.context_later)
+    lent = np.concatenate([count, *(count * weight for weight in weights)])
+    sums: Floats
     if terms * n <= 16 * len(cells) + 65_536:
         sums = np.bincount(cells, lent, terms * n)
         held: Ints = sums.nonzero()[0]

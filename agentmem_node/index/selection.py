@@ -17,7 +17,7 @@ from agentmem_node.index import scoring
 from agentmem_node.index.block import Block
 from agentmem_node.index.columns import Bools, Floats, Ints
 from agentmem_node.index.defaults import RankingDefaults
-from agentmem_node.index.fusion import Candidate, LegResults, weighted_score
+from agentmem_node.index.fusion import Candidate, weighted_score
 from agentmem_node.index.vectors import QueryVector, exact_cosines
 from agentmem_node.model.search import LegName, SearchQuery
 
@@ -50,7 +50,7 @@ def weighted_page(
         total += scores * (weight / weight_sum)
     _exclude(total, scored, _any_member(scored))
     margin = 0.0
-    for (name, weight) in scored.legs:
+    for name, weight in scored.legs:
         if name == "vector":
             margin = defaults.rescore_steps / scored.block.vectors.scale * weight / weight_sum
     # Rounding of sums in another order, far below the grid of scores.
@@ -117,7 +117,10 @@ def ranked_lists(
             )
         )[: defaults.rank_window]
         lists.append(
-            [(-negative, (high << 64 | low).to_bytes(16, "big"), row) for negative, high, low, row in entries]
+            [
+                (-negative, (high << 64 | low).to_bytes(16, "big"), row)
+                for negative, high, low, row in entries
+            ]
         )
     return lists
 

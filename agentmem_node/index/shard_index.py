@@ -7,29 +7,30 @@ shard scores with the statistics of all: `text_stats` on each, `merge_stats`, `l
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
 
 from agentmem_node.index import scoring, selection
-from agentmem_node.index.analysis import analyzer, query_keys
+from agentmem_node.index.analysis import QueryTerms, analyzer, query_terms
 from agentmem_node.index.block import Block
+from agentmem_node.index.blocks import BlockKey, Blocks
 from agentmem_node.index.columns import Bools, Floats
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.fusion import Fused, LegResults, fuse
 from agentmem_node.index.masks import candidates
 from agentmem_node.index.scoring import TextStats
 from agentmem_node.index.selection import Scored
-from agentmem_node.index.source import Change, IndexDoc, Removed, Source
+from agentmem_node.index.source import Change, Source
+from agentmem_node.index.text_engine import TextEngine
+from agentmem_node.index.text_legs import TextQuery, fuzzy_scores, phrase_scores
 from agentmem_node.index.vectors import QueryVector
 from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import LegName, SearchQuery
 
 _BLOCKS_BYTES_MAX: Final = 1 << 30
-
-BlockKey = tuple[str, str | None, str]  # tenant, owner (None: the whole tenant), language
+_NO_TERMS: Final = QueryTerms((), 0)
 
 
 def owner_of_query(scope: Scope) -> str | None:
@@ -46,7 +47,11 @@ def active_legs(query: SearchQuery, defaults: RankingDefaults) -> list[tuple[Leg
     legs = []
     for name, weight in query.legs or defaults.legs:
         needs_text = name in ("bm25", "phrase", "fuzzy")
-        if weight <= 0 or (needs_text and not query.text) or (name == "vector" and not query.vector):
+        if (
+            weight <= 0
+            or (needs_text and not query.text)
+            or (name == "vector" and not query.vector)
+        ):
             continue
         legs.append((name, weight))
     return legs
@@ -59,54 +64,63 @@ class ShardIndex:
         self,
         source: Source,
         *,
-        dim: int,
+        shard_id: str = "",
+        dim: int | None = None,
+        text_engine: TextEngine | None = None,
         defaults: RankingDefaults | None = None,
         blocks_bytes_max: int = _BLOCKS_BYTES_MAX,
     ) -> None:
+        self.shard_id = shard_id
         self.defaults = defaults or RankingDefaults()
         self._source = source
-        self._dim = dim
-        self._blocks: OrderedDict[BlockKey, Block] = OrderedDict()
-        self._keys_of_tenant: dict[str, set[BlockKey]] = {}
-        self._bytes_max = blocks_bytes_max
-
-    # -- changes ------------------------------------------------------------------------
+        self._text = text_engine
+        self._blocks = Blocks(
+            source, source.dim if dim is None else dim, self.defaults, blocks_bytes_max
+        )
 
     def apply(self, changes: Sequence[Change]) -> None:
-        """Take in what was just applied to the store, in order. Blocks not in memory need nothing."""
-        if not self._blocks:
-            return
-        by_owner: dict[tuple[str, str], list[Change]] = {}
-        for change in changes:
-            owner = change.owner if isinstance(change, Removed) else change.memory.scope.owner
-            by_owner.setdefault((change.tenant, owner), []).append(change)
-        for key in [k for t in {tenant for tenant, _ in by_owner} for k in self._keys_of_tenant.get(t, ())]:
-            tenant, owner, _ = key
-            if owner is None:
-                mine = [c for c in changes if c.tenant == tenant]
-            else:
-                mine = by_owner.get((tenant, owner), [])
-            if mine:
-                _apply(self._blocks[key], mine)
+        """Take in what was just applied to the store, in order. Costs nothing for other blocks."""
+        self._blocks.apply(changes)
+
+    def needs_build(self, query: SearchQuery) -> bool:
+        """Whether a search would first spend noticeable time on reading memories in."""
+        return self._blocks.needs_build(_key(query))
+
+    def build_steps(self, query: SearchQuery) -> Iterator[None]:
+        """Do that in steps of a few milliseconds; entries may be applied between them."""
+        return self._blocks.build_steps(_key(query))
+
+    def stats(self) -> dict[str, int]:
+        """Figures for operators."""
+        return {
+            "blocks": len(self._blocks),
+            "bytes": self._blocks.bytes_used,
+            "blocks_evicted": self._blocks.evicted,
+            "text_documents": 0 if self._text is None else self._text.documents,
+            "text_tail": 0 if self._text is None else self._text.pending,
+        }
+
+    def close(self) -> None:
+        """Nothing to flush: all of it is derived."""
 
     # -- searching ----------------------------------------------------------------------
 
     def search_local(self, query: SearchQuery) -> Fused:
         """The whole search, when this shard holds every match. All records are filled in."""
-        block = self._block(query)
-        keys = query_keys(query.text, query.language)
-        stats = scoring.block_stats(block, keys) if keys else None
-        return self._fuse_alone(query, self._legs(block, query, keys, stats))
+        block = self._blocks.get(_key(query))
+        terms = _terms(query)
+        stats = scoring.block_stats(block, terms) if terms.keys else None
+        return self._fuse_alone(query, self._legs(block, query, terms, stats))
 
     def text_stats(self, query: SearchQuery) -> TextStats:
         """Phase 1 of a search over several shards."""
-        keys = query_keys(query.text, query.language)
-        return scoring.block_stats(self._block(query), keys)
+        return scoring.block_stats(self._blocks.get(_key(query)), _terms(query))
 
     def legs(self, query: SearchQuery, stats: TextStats) -> LegResults:
         """Phase 2: this shard's candidates, scored with the merged statistics."""
-        keys = query_keys(query.text, query.language)
-        return self._legs(self._block(query), query, keys, stats if keys else None)
+        terms = _terms(query)
+        block = self._blocks.get(_key(query))
+        return self._legs(block, query, terms, stats if terms.keys else None)
 
     def records(self, docs: Sequence[int]) -> list[bytes]:
         """Phase 3, for what `fuse` found missing."""
@@ -122,12 +136,12 @@ class ShardIndex:
         return fused
 
     def _legs(
-        self, block: Block, query: SearchQuery, keys: Sequence[int], stats: TextStats | None
+        self, block: Block, query: SearchQuery, terms: QueryTerms, stats: TextStats | None
     ) -> LegResults:
         legs = active_legs(query, self.defaults)
         if not legs or not block.columns.live:
             return LegResults([], [[] for _ in legs])
-        scored = self._scored(block, query, legs, keys, stats)
+        scored = self._scored(block, query, legs, terms, stats)
         read = self._source.vectors
         ranked: list[list[tuple[float, bytes, int]]] = []
         if query.explain or query.fusion == "rrf":
@@ -148,7 +162,7 @@ class ShardIndex:
         block: Block,
         query: SearchQuery,
         legs: Sequence[tuple[LegName, float]],
-        keys: Sequence[int],
+        terms: QueryTerms,
         stats: TextStats | None,
     ) -> Scored:
         owner = owner_of_query(query.scope)
@@ -170,7 +184,7 @@ class ShardIndex:
             elif name == "bm25":
                 found = None
                 if stats is not None:
-                    found = scoring.bm25_scores(block, keys, stats, self.defaults)
+                    found = scoring.bm25_scores(block, terms, stats, self.defaults)
                 leg = np.zeros(n) if found is None else found
                 known = leg > 0
             elif name == "recency":
@@ -178,51 +192,18 @@ class ShardIndex:
             elif name == "importance":
                 leg = scoring.importance_scores(block)
             else:
-                leg = np.zeros(n)
+                text = TextQuery.of(query.text or "", analyzer(query.language))
+                score = phrase_scores if name == "phrase" else fuzzy_scores
+                leg = score(block, text, self._text, mask, self._source.memory)
                 known = leg > 0
             scores.append(leg)
             members.append(known)
         return Scored(block, legs, scores, members, mask, vector, bool(query.text))
 
-    # -- blocks -------------------------------------------------------------------------
 
-    def _block(self, query: SearchQuery) -> Block:
-        key = (query.tenant, owner_of_query(query.scope), query.language)
-        block = self._blocks.get(key)
-        if block is not None:
-            self._blocks.move_to_end(key)
-            return block
-        tenant, owner, language = key
-        block = Block.build(
-            self._source.scan(tenant, owner),
-            self._source.count(tenant, owner),
-            self._dim,
-            analyzer(language),
-            self.defaults,
-        )
-        self._blocks[key] = block
-        self._keys_of_tenant.setdefault(tenant, set()).add(key)
-        self._evict()
-        return block
-
-    def _evict(self) -> None:
-        """Forget the blocks that were not used for longest, never the newest."""
-        total = sum(block.bytes_used() for block in self._blocks.values())
-        while total > self._bytes_max and len(self._blocks) > 1:
-            key, block = self._blocks.popitem(last=False)
-            self._keys_of_tenant[key[0]].discard(key)
-            total -= block.bytes_used()
+def _key(query: SearchQuery) -> BlockKey:
+    return (query.tenant, owner_of_query(query.scope), query.language)
 
 
-def _apply(block: Block, changes: Sequence[Change]) -> None:
-    puts: list[IndexDoc] = []
-    for change in changes:
-        if isinstance(change, IndexDoc):
-            puts.append(change)
-            continue
-        if puts:
-            block.put(puts)
-            puts = []
-        block.remove(change.doc)
-    if puts:
-        block.put(puts)
+def _terms(query: SearchQuery) -> QueryTerms:
+    return query_terms(query.text, query.language) if query.text else _NO_TERMS

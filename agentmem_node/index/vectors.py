@@ -9,7 +9,7 @@ read from there and scored on a grid of 2**-20, where float64 sums are exact too
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -82,17 +82,19 @@ class VectorRows:
 
     def scan(self, query: QueryVector, rows: int) -> Floats:
         """Cosines, as far as int8 knows them, of the first `rows` rows."""
-        products = simsimd.cdist(query.codes, self.codes[:rows], metric="dot", out_dtype="float64")
-        cosines: Floats = np.frombuffer(products, dtype=np.float64) * query.unit
-        return cosines
+        return _products(query.codes, self.codes[:rows]) * query.unit
 
     def gather(self, query: QueryVector, rows: Ints) -> Floats:
         """The same numbers as `scan`, of some rows."""
-        products = simsimd.cdist(
-            query.codes, self.codes[rows], metric="dot", out_dtype="float64"
-        )
-        cosines: Floats = np.frombuffer(products, dtype=np.float64) * query.unit
-        return cosines
+        return _products(query.codes, self.codes[rows]) * query.unit
 
     def bytes_used(self) -> int:
         return self.codes.nbytes
+
+
+def _products(query: Codes, codes: Codes) -> Floats:
+    """Exact integer dot products of one row with many."""
+    if not len(codes):
+        return np.zeros(0)
+    tensor: Any = simsimd.cdist(query, codes, metric="dot", out_dtype="float64")
+    return np.frombuffer(tensor, dtype=np.float64)
