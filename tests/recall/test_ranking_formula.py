@@ -157,19 +157,7 @@ def found(turns: Sequence[Turn], **asked: Any) -> dict[int, float]:
     return {int.from_bytes(hit.id, "big") - 1: hit.score for hit in hits}
 
 
-_WORDS = [
-    "tea",
-    "garden",
-    "river",
-    "bees",
-    "honey",
-    "letter",
-    "Oslo",
-    "train",
-    "July",
-    "the",
-    "was",
-]
+_WORDS = ["tea", "garden", "river", "bees", "honey", "letter", "Oslo", "train", "July", "the"]
 _TEXTS = st.lists(st.sampled_from(_WORDS), min_size=0, max_size=9).map(" ".join)
 _VECTORS = st.lists(st.floats(-1, 1, width=32), min_size=DIM, max_size=DIM).map(unit)
 _TURNS = st.builds(
