@@ -110,8 +110,9 @@ class SimNode:
             self.tell(f"cannot start: {error}")
             self.boot_later()
             return
-        except Exception:
-            self._judge.accuse("recovery", f"{self.name} cannot start:\n{traceback.format_exc()}")
+        except Exception as error:
+            trace = traceback.format_exc()
+            self._judge.accuse("recovery", f"{self.name} cannot start: {error}\n{trace}")
             return
         self.core, self.journal = core, journal
         applied = {group: machine.applied_index for group, machine in self.machines.items()}
@@ -189,7 +190,7 @@ class SimNode:
             action()
 
     def _plan_turn(self) -> None:
-        if not self._turn_planned:
+        if self.alive and not self._turn_planned:
             self._turn_planned = True
             self._later(self._chance.uniform(*self.plan.loop_s), self._turn)
 
@@ -267,14 +268,15 @@ class SimNode:
             return None
         try:
             result = step(self.core)
-        except Exception:
-            self._judge.accuse("no exceptions", f"{self.name}:\n{traceback.format_exc()}")
+        except Exception as error:
+            trace = traceback.format_exc()
+            self._judge.accuse("no exceptions", f"{self.name}: {error!r}\n{trace}")
             return None
         if self.core.fatal is not None:
             fatal = self.core.fatal
             if not self.fsync_failed:
                 trace = "".join(traceback.format_exception(fatal))
-                self._judge.accuse("no stop without cause", f"{self.name} stopped itself:\n{trace}")
+                self._judge.accuse("no stop without cause", f"{self.name}: {fatal!r}\n{trace}")
             self.kill(f"stopped itself: {fatal!r}")
             self.boot_later()
             return None
@@ -377,8 +379,9 @@ class SimNode:
             return True
         try:
             journal = open_journal(self.disk.platter(), self.plan)
-        except Exception:
-            self._judge.accuse("recovery", f"{self.name}'s platter:\n{traceback.format_exc()}")
+        except Exception as error:
+            trace = traceback.format_exc()
+            self._judge.accuse("recovery", f"after a power loss of {self.name}: {error}\n{trace}")
             return True
         log = journal.group(spec.id, spec.epoch)
         within = log.first_index <= answer.index <= log.last_index
