@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -83,8 +84,12 @@ async def added_rate(url: str, batch: list[str], owner: str) -> float:
 
 @contextlib.contextmanager
 def _node() -> Iterator[str]:
-    with servers.agentmem_node(provider="minilm") as server:
-        yield server.url()
+    os.environ["AGENTMEM_EMBEDDING_THREADS"] = "1"  # as the bare side has, on any machine
+    try:
+        with servers.agentmem_node(provider="minilm") as server:
+            yield server.url()
+    finally:
+        del os.environ["AGENTMEM_EMBEDDING_THREADS"]
 
 
 def measure(scale: float, progress: Callable[[str], None]) -> list[Row]:
