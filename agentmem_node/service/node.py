@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,14 @@ class Node:
         disk = RealDisk(path)
         # Recovery reads the whole journal: off the loop, so that Ctrl-C is answered.
         self._journal = await asyncio.to_thread(
-            Journal.open, disk, "journal", segment_bytes=config.storage.journal_segment_bytes
+            Journal.open,
+            disk,
+            "journal",
+            segment_bytes=config.storage.journal_segment_bytes,
+            clock=self.clock,
         )
+        if self._journal.recovered.cut_reason:
+            log.warning("journal: %s", self._journal.recovered.cut_reason)
         self._link = self._make_link(config)
         self._routing = Routing(self.node_id, self._link, self.clock)
         self._text = TextEngine(path / "text")
@@ -255,8 +262,8 @@ class Node:
                 info.id,
                 dim=view.model.dim,
                 map_size=self.config.storage.map_bytes,
-                index_factory=lambda source, shard_id=info.id: ShardIndex(
-                    source, shard_id=shard_id, text_engine=self._text
+                index_factory=partial(
+                    ShardIndex, shard_id=info.id, text_engine=self._text, dim=view.model.dim
                 ),
             )
             group = self._host.add_group(GroupSpec(info.id, info.epoch, info.members), shard)
@@ -339,7 +346,7 @@ class Node:
         return await self._writes.delete_many(caller, ids)
 
     async def list(self, caller: Caller, query: rq.ListQuery) -> rq.ListAnswer:
-        return await self._reads.list(caller, query)
+        return await self._reads.list_page(caller, query)
 
     async def history(self, caller: Caller, memory_id: str) -> rq.HistoryAnswer:
         return await self._reads.history(caller, memory_id)

@@ -19,9 +19,9 @@ import msgspec
 from agentmem_cluster.errors import AgentMemError, InternalError, InvalidField, NoQuorum
 from agentmem_cluster.runtime import Clock
 from agentmem_node.model import requests as rq
-from agentmem_node.model.cursors import decode_cursor, encode_cursor, fingerprint
-from agentmem_node.model.filter_parse import parse_filter
-from agentmem_node.model.filters import And, Compare, Filter, matches, scope_of
+from agentmem_node.model.cursors import decode_list_cursor, encode_list_cursor
+from agentmem_node.model.filter_tree import And, Compare, Filter, matches, scope_of
+from agentmem_node.model.filters import parse_filter
 from agentmem_node.model.ids import parse_id, slot_of_id
 from agentmem_node.model.limits import Limits
 from agentmem_node.model.memory import HistoryEntry, Memory, Scope
@@ -37,7 +37,6 @@ T = TypeVar("T")
 # Memories that a filtered list looks at before it lets others run: about 10 ms.
 _SCAN_MAX = 2_000
 
-_json = msgspec.json.Encoder(order="deterministic")
 _history_decoder = msgspec.json.Decoder(HistoryEntry)
 _history_encoder = msgspec.json.Encoder()
 
@@ -141,7 +140,7 @@ class Reads:
 
     # -- a page of a scope ----------------------------------------------------------------
 
-    async def list(self, caller: Caller, query: rq.ListQuery) -> rq.ListAnswer:
+    async def list_page(self, caller: Caller, query: rq.ListQuery) -> rq.ListAnswer:
         """Memories of a scope, newest first; shards that did not answer stand in `partial`."""
         if query.limit > self._limits.page_items_max:
             raise InvalidField(
@@ -156,11 +155,7 @@ class Reads:
         check_scope(scope, self._limits)
         filter_ = None if query.filters is None else parse_filter(query.filters, self._limits)
         scope = promoted(scope, filter_)
-        request = fingerprint(caller.tenant.encode(), _json.encode([scope, query.filters]))
-        after = None
-        if query.cursor is not None:
-            created_ms, last_id = decode_cursor(query.cursor, request)
-            after = (int(created_ms), last_id)
+        after = None if query.cursor is None else decode_list_cursor(query.cursor)
         tokens = session_tokens(query.consistency, query.token)
         shards = self.shards_of(caller.tenant, scope)
         body = {
@@ -188,7 +183,7 @@ class Reads:
         next_cursor = None
         if len(rows) > query.limit:
             rows.pop()
-            next_cursor = encode_cursor((rows[-1][0], rows[-1][1]), request)
+            next_cursor = encode_list_cursor((rows[-1][0], rows[-1][1]))
         return rq.ListAnswer(
             results=[msgspec.Raw(row[2]) for row in rows],
             next_cursor=next_cursor,

@@ -16,15 +16,14 @@ import msgspec
 
 from agentmem_cluster.errors import InternalError, InvalidField, TooLarge
 from agentmem_cluster.runtime import Clock
-from agentmem_node.config import SearchSection
-from agentmem_node.index.analysis import query_keys
+from agentmem_node.config_keys import SearchSection
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.fusion import Fused, LegResults, fuse
 from agentmem_node.index.scoring import TextStats, merge_stats
 from agentmem_node.index.shard_index import active_legs
 from agentmem_node.model import requests as rq
-from agentmem_node.model.cursors import decode_cursor, encode_cursor, fingerprint
-from agentmem_node.model.filter_parse import parse_filter
+from agentmem_node.model.cursors import decode_search_cursor, encode_search_cursor, fingerprint
+from agentmem_node.model.filters import parse_filter
 from agentmem_node.model.limits import Limits
 from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import LegName, SearchAnswer, SearchQuery
@@ -109,7 +108,7 @@ class Searches:
             answer, fused = await self._over_shards(caller, request, search, shards, tokens)
         answer.next_after = fused.next_after
         if fused.next_after is not None:
-            cursor = encode_cursor(fused.next_after, search.cursor_for)
+            cursor = encode_search_cursor(fused.next_after, search.cursor_for)
             answer.details["next_cursor"] = f"{cursor}.{query.now_ms:x}"
         answer.took_ms = (self._clock.monotonic() - begun) * 1000
         return answer
@@ -171,7 +170,7 @@ class Searches:
         cursor_for = b""
         if cursor is not None or request.top_k < self._limits.top_k_max:
             cursor_for = _fingerprint(query, request.filters)
-        after = None if cursor is None else decode_cursor(cursor, cursor_for)
+        after = None if cursor is None else decode_search_cursor(cursor, cursor_for)
         if vector is None and text is not None and self._embedder is not None:
             wants_vector = any(
                 name == "vector" and weight > 0
@@ -293,8 +292,7 @@ class Searches:
         fused.missing = []
 
     def _statistics_here(self, local: LocalShard, query: SearchQuery) -> list[Any]:
-        keys = query_keys(query.text, query.language)
-        stats = local.shard.index.text_stats(query) if keys else _NO_STATISTICS
+        stats = local.shard.index.text_stats(query) if query.text else _NO_STATISTICS
         return [stats.to_wire(), local.shard.applied_index]
 
     def _candidates_here(

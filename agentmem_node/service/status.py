@@ -68,12 +68,13 @@ class Status:
         view = self._membership.require_view()
         nodes = {}
         for name in sorted(view.map.nodes()):
-            info = view.nodes.get(name)
+            known = view.nodes.get(name)
             configured = self._config.cluster.nodes.get(name)
+            url = configured.http if configured is not None else ""
             nodes[name] = {
-                "http": info.http if info is not None else (configured.http if configured else ""),
+                "http": url if known is None else known.http,
                 "up": self._routing.is_connected(name),
-                "version": None if info is None else info.version,
+                "version": None if known is None else known.version,
             }
         shards = {}
         for shard_id, info in view.map.shards.items():
