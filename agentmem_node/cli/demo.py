@@ -18,7 +18,7 @@ from agentmem_node.cli.exits import CommandFailed, Exit
 
 
 @click.command(short_help="See it work: three nodes, a kill, nothing lost.")
-@click.option("--nodes", type=click.IntRange(min=1, max=9), default=3, show_default=True)
+@click.option("--nodes", type=click.IntRange(min=3, max=9), default=3, show_default=True)
 @click.option("--play", "only_play", is_flag=True, help="Play the scenes, without a prompt.")
 @click.option("--keep", is_flag=True, help="Keep the data and say where it is.")
 def demo(nodes: int, only_play: bool, keep: bool) -> int:

@@ -42,7 +42,7 @@ def start_and_load(demo: Demo, show: Show) -> None:
 
 
 def play(demo: Demo, show: Show) -> int:
-    """All scenes once. Returns how many acknowledged memories are missing: 0 is what is promised."""
+    """All scenes once. Returns how many acknowledged memories are missing."""
     show.scene("Questions about months of conversations")
     for question, answer, is_right in demo.ask_questions(_QUESTIONS):
         show.answer(question.query, question.user_id, answer)

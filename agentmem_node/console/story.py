@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import agentmem_client as client
+from agentmem_client import (
+    AgentMemError,
+    Client,
+    Memory,
+    NoQuorum,
+    NotFound,
+    SearchResult,
+)
 from agentmem_node.cli.devcluster import DevCluster
 from agentmem_node.samples import Question, conversations, questions
 
@@ -60,14 +67,14 @@ class Demo:
         self.cluster = DevCluster(data, nodes=nodes, name="demo")
         self.acknowledged: Acknowledged = {}
         self.started_at = 0.0
-        self._client: client.Client | None = None
+        self._client: Client | None = None
         self._notes = itertools.count(1)
 
     @property
-    def client(self) -> client.Client:
+    def client(self) -> Client:
         """A client that knows every node."""
         if self._client is None:
-            self._client = client.Client(self.cluster.urls)
+            self._client = Client(self.cluster.urls)
         return self._client
 
     # -- life -------------------------------------------------------------------------------
@@ -100,11 +107,11 @@ class Demo:
             raise added.errors[0][1]
         return len(added.memories)
 
-    def remember(self, memory: client.Memory) -> None:
+    def remember(self, memory: Memory) -> None:
         """Hold the cluster to it: this memory was acknowledged."""
         self.acknowledged[memory.id] = (memory.user_id or "", memory.content)
 
-    def add(self, text: str, user: str) -> client.Memory:
+    def add(self, text: str, user: str) -> Memory:
         (memory,) = self.client.add(text, user_id=user).memories
         self.remember(memory)
         return memory
@@ -113,7 +120,7 @@ class Demo:
         """The node that leads the shard of a user's memories. Raises NoQuorum without one."""
         shard = self.client.cluster().shard_of_owner(f"user:{user}")
         if shard is None or shard.leader is None:
-            raise client.NoQuorum(f"The shard of {user} has no leader now.")
+            raise NoQuorum(f"The shard of {user} has no leader now.")
         return shard.leader
 
     def kill_while_writing(self, node: str, search: str) -> Outage:
@@ -128,7 +135,7 @@ class Demo:
                     return
                 try:
                     added = self.client.add(note, user_id=NOTES_USER, deadline_s=_WRITE_DEADLINE_S)
-                except client.AgentMemError as error:
+                except AgentMemError as error:
                     outage.refused.append(error.message)
                     continue
                 outage.acknowledged += 1
@@ -184,7 +191,7 @@ class Demo:
                 try:
                     if self.client.get(memory_id).content != text:
                         found.append(Missing(memory_id, text, "by id (its text differs)"))
-                except client.NotFound:
+                except NotFound:
                     found.append(Missing(memory_id, text, "by id"))
             found += self._not_found_by_search(part)
             if progress is not None:
@@ -199,7 +206,8 @@ class Demo:
             ]
             answers = self.client.search_many(searches)
             # An answer that names silent shards is no proof of absence: ask again.
-            unsure, lost = [], []
+            unsure: list[tuple[str, tuple[str, str]]] = []
+            lost: list[tuple[str, tuple[str, str]]] = []
             for entry, answer in zip(left, answers, strict=True):
                 if entry[0] in {hit.id for hit in answer}:
                     continue
@@ -209,7 +217,7 @@ class Demo:
             left = unsure
         return [Missing(i, text, "by search (shards silent)") for i, (_, text) in left]
 
-    def ask_questions(self, count: int) -> Iterator[tuple[Question, client.SearchResult, bool]]:
+    def ask_questions(self, count: int) -> Iterator[tuple[Question, SearchResult, bool]]:
         """Some of the sample questions: (question, answer, whether an expected memory is in it)."""
         texts = [item["content"] for item in conversations()]
         every = questions()
