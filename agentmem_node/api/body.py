@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from aiohttp import web
 from aiohttp.web_request import BaseRequest
 
 from agentmem_cluster.errors import BadRequest, TooLarge
@@ -31,7 +32,7 @@ class HeldBody:
         self._admission.hold_bytes(size)
         self._held += size
 
-    async def read(self, request: BaseRequest, limits: Limits) -> bytes:
+    async def read(self, request: BaseRequest, limits: Limits, within_s: float) -> bytes:
         """The whole body. Raises TooLarge, Overloaded, or BadRequest when it is cut or late."""
         content = request.content
         if content.is_eof():  # it came with the headers: nearly always
@@ -50,14 +51,16 @@ class HeldBody:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces: list[bytes] = []
         try:
-            async with asyncio.timeout(limits.body_read_ms_max / 1000):
+            async with asyncio.timeout(min(limits.body_read_ms_max / 1000, within_s)):
                 while piece := await content.readany():
                     self._take(len(piece), limits)
                     pieces.append(piece)
+        except web.RequestPayloadError:
+            raise BadRequest("The body is not framed as its headers say.") from None
         except TimeoutError:
             raise BadRequest(
                 f"The body did not arrive within {limits.body_read_ms_max} ms "
-                "(limits.body_read_ms_max).",
+                "(limits.body_read_ms_max) and before the request's deadline.",
                 hint="Send it at once, or in smaller batches.",
             ) from None
         return b"".join(pieces)

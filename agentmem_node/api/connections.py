@@ -39,6 +39,8 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionError):
+            raise exc  # the client left: nobody's fault, and nobody to answer
         if request.writer.output_size > 0:
             raise ConnectionError("A part of the answer was sent already.")
         if status == 400:

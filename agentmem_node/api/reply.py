@@ -7,6 +7,7 @@ builds and merges a header dictionary for each answer: of a search's 72 us in HT
 
 from __future__ import annotations
 
+import asyncio
 import time
 from email.utils import formatdate
 from http import HTTPStatus
@@ -26,6 +27,13 @@ encode = msgspec.json.Encoder().encode
 _LINES = {s.value: b"HTTP/1.1 %d %b\r\n" % (s.value, s.phrase.encode()) for s in HTTPStatus}
 
 
+# An answer whose client does not read it is held in memory: so much, and so long.
+_UNSENT_BYTES_MAX = 64 * 1024
+_UNSENT_S_MAX = 30.0
+# Usual clients refuse header lines over 8 KiB; a token of very many shards is in the body only.
+_TOKEN_CHARACTERS_MAX = 4096
+
+
 class _Date:
     """The Date header's line, made once a second."""
 
@@ -39,6 +47,16 @@ def _date_line() -> bytes:
         _Date.second = now
         _Date.line = b"Date: %b\r\n" % formatdate(now, usegmt=True).encode()
     return _Date.line
+
+
+async def _drain(writer: AbstractStreamWriter, transport: asyncio.Transport) -> None:
+    """Wait until the client has read. Raises ConnectionError when it does not."""
+    try:
+        async with asyncio.timeout(_UNSENT_S_MAX):
+            await writer.drain()
+    except TimeoutError:
+        transport.abort()
+        raise ConnectionResetError("The client does not read its answer.") from None
 
 
 class Reply(web.StreamResponse):
@@ -88,9 +106,13 @@ class Reply(web.StreamResponse):
             _date_line(),
             extra,
         )
-        writer = request.writer
-        await writer.write(head if request.method == "HEAD" else head + body)
-        return writer
+        transport = request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("The client left.")
+        transport.write(head if request.method == "HEAD" else head + body)
+        if transport.get_write_buffer_size() > _UNSENT_BYTES_MAX:
+            await _drain(request.writer, transport)
+        return request.writer
 
     async def write_eof(self, data: bytes = b"") -> None:
         return None
@@ -102,6 +124,8 @@ def json_reply(value: Any, status: int = 200, headers_raw: bytes = b"") -> Reply
 
 def token_line(token: str) -> bytes:
     """The header that names the shards and positions an answer stands for."""
+    if len(token) > _TOKEN_CHARACTERS_MAX:
+        return b""
     return b"X-AgentMem-Token: %b\r\n" % token.encode("ascii", "replace")
 
 

@@ -177,12 +177,12 @@ class HttpServer:
         held = HeldBody(admission)
         ticket = self._deadlines.enter(started)
         try:
-            deadline = started + deadline_s(request, api.limits)
-            ticket.ends_at = deadline
+            within_s = deadline_s(request, api.limits)
+            ticket.ends_at = deadline = started + within_s
             body = b""
             if route.body is not None:
                 _refuse_packed(request)
-                body = await held.read(request, api.limits)
+                body = await held.read(request, api.limits, within_s)
             request_id, fingerprint = None, b""
             if route.is_write:
                 request_id, fingerprint = write_identity(request, principal.tenant, body)

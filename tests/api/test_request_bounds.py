@@ -119,7 +119,9 @@ def test_a_body_that_does_not_come_is_given_up(run: Run) -> None:
     run(scenario, limits__body_read_ms_max=50)
 
 
-def test_a_body_that_is_cut_off_leaves_no_place_taken(run: Run) -> None:
+def test_a_body_that_is_cut_off_leaves_no_place_taken(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario(node: Any) -> None:
         host, _, port = node.address.rpartition(":")
         _, writer = await asyncio.open_connection(host, int(port))
@@ -128,6 +130,56 @@ def test_a_body_that_is_cut_off_leaves_no_place_taken(run: Run) -> None:
         writer.close()
         await until(lambda: places_taken(node) == (0, 0))
         assert node.service.calls == []
+
+    run(scenario)
+    assert caplog.records == []  # clients come and go
+
+
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\nhelloXX\r\n", b"-1\r\n"])
+def test_a_body_that_breaks_its_framing_is_400(
+    run: Run, rest: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(node: Any) -> None:
+        host, _, port = node.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        deadline = b"X-AgentMem-Deadline-Ms: 100\r\n"
+        writer.write(HEAD + deadline + b'Transfer-Encoding: chunked\r\n\r\n6\r\n{"cont\r\n')
+        await until(lambda: places_taken(node)[0] == 1)
+        writer.write(rest)
+        assert b" 400 " in await reader.readline()
+        writer.close()
+        await until(lambda: places_taken(node) == (0, 0))
+
+    run(scenario)
+    assert caplog.records == []
+
+
+def test_headers_that_do_not_come_end_the_connection(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentmem_node.api.connections.KEEP_ALIVE_S", 0.2)
+
+    async def scenario(node: Any) -> None:
+        assert await node.raw(b"GET /health/live HTTP/1.1\r\nHost: 127.") == b""
+        assert await node.raw(b"") == b""
+        assert node.server._connections.open == 0
+
+    run(scenario)
+
+
+def test_an_answer_that_is_never_read_is_given_up(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentmem_node.api.reply._UNSENT_S_MAX", 0.2)
+
+    async def scenario(node: Any) -> None:
+        await node.add("x" * 10_000_000)
+        host, _, port = node.address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        writer.write(b"GET /api/v1/memories HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        before = node.server._connections.open
+        await until(lambda: node.server._connections.open == before - 1 and before > 1)
+        writer.close()
 
     run(scenario)
 
