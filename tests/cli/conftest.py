@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from agentmem_node.cli.main import run
 
 fake = runpy.run_path(str(Path(__file__).parent.parent / "client" / "conftest.py"))["fake"]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agentmem_node.cli.exits import Exit
 from aiohttp import web
+
+from agentmem_node.cli.exits import Exit
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,10 @@ def test_a_file_of_lines_is_one_memory_a_line(agentmem: Any, fake: Any, tmp_path
     path = tmp_path / "notes.txt"
     path.write_text("Ana likes tea\nBen likes rye bread\n")
     assert agentmem("add", "--file", str(path), "--user", "ana").code == Exit.OK
-    assert [m["content"] for m in fake.memories.values()] == ["Ana likes tea", "Ben likes rye bread"]
+    assert [m["content"] for m in fake.memories.values()] == [
+        "Ana likes tea",
+        "Ben likes rye bread",
+    ]
 
 
 def test_json_lines_keep_their_own_fields_and_take_the_rest_from_the_options(

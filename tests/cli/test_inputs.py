@@ -6,12 +6,13 @@ import io
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from agentmem_node.cli.fields import MEMORY_TYPES, metadata_of
 from agentmem_node.cli.inputs import ADD_FIELDS, InputError, read_memories
 from agentmem_node.model.memory import MemoryType
 from agentmem_node.model.requests import AddRequest
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def contents(text: str) -> list[str]:
@@ -66,7 +67,7 @@ def test_bytes_that_are_no_text_are_refused() -> None:
 
 def test_the_fields_are_those_of_the_api() -> None:
     assert frozenset(AddRequest.__struct_fields__) == ADD_FIELDS
-    assert MEMORY_TYPES == MemoryType.__args__  # type: ignore[attr-defined]
+    assert MemoryType.__args__ == MEMORY_TYPES  # type: ignore[attr-defined]
 
 
 def test_metadata_values_are_json_where_they_can_be_and_text_elsewhere() -> None:
