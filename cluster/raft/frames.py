@@ -8,7 +8,7 @@ an answer after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -120,3 +120,15 @@ def unpack_entries(previous: int, terms: list[list[int]], commands: list[bytes])
             entries.append(Entry(index, term, command))
         at += count
     return entries
+
+
+def bursts(frames: list[list[Any]], bytes_max: int) -> Iterator[list[list[Any]]]:
+    """The frames in order, cut so that no part carries much more than `bytes_max` of commands."""
+    size = begin = 0
+    for at, frame in enumerate(frames):
+        if frame[0] == Kind.APPEND and frame[-1]:
+            size += sum(map(len, frame[-1]))
+            if size > bytes_max and at > begin:
+                yield frames[begin:at]
+                begin, size = at, sum(map(len, frame[-1]))
+    yield frames[begin:] if begin else frames

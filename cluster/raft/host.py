@@ -22,10 +22,13 @@ from agentmem_cluster.errors import (
 from agentmem_cluster.raft.api import Applied, GroupSpec, GroupStatus, Role, StateMachine
 from agentmem_cluster.raft.core import CheckpointJob, NodeCore, NodeJournal, Ready
 from agentmem_cluster.raft.deadlines import Deadlines
+from agentmem_cluster.raft.frames import bursts
 from agentmem_cluster.raft.settings import RaftSettings
 from agentmem_cluster.runtime import Clock, Rng
 
 HAND_OVER_S_MAX = 2.0
+# What is handed to the link at once: several large appends would be over its frame limit.
+BURST_BYTES_MAX = 4 << 20
 
 
 class RaftLink(Protocol):
@@ -151,9 +154,11 @@ class Host:
         self._sleep()
 
     def _send(self) -> None:
-        if self._link is not None:
-            for peer, frames in self.core.take_outbox():
-                self._link.send_raft(peer, frames)  # what is refused, Raft says again
+        if self._link is None:
+            return
+        for peer, frames in self.core.take_outbox():
+            for burst in bursts(frames, BURST_BYTES_MAX):
+                self._link.send_raft(peer, burst)  # what is refused, Raft says again
 
     def _flushed(self, ready: Ready, error: BaseException | None) -> None:
         if self._stopped:
