@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from py_rust_stemmers import SnowballStemmer
 
 from agentmem_node.index import date_terms
@@ -123,7 +125,7 @@ def analyzer(language: str) -> Analyzer:
 class QueryTerms(NamedTuple):
     """The distinct terms of a query: first its `words` (so many), then the dates that it names."""
 
-    keys: tuple[int, ...]
+    keys: npt.NDArray[np.uint64]
     words: int
 
 
@@ -133,4 +135,5 @@ def query_terms(text: str, language: str) -> QueryTerms:
     known = analyzer(language)
     own = dict.fromkeys(known.keys(text))
     dates = dict.fromkeys(known.key(term) for term in date_terms.query_terms(text))
-    return QueryTerms((*own, *(key for key in dates if key not in own)), len(own))
+    keys = [*own, *(key for key in dates if key not in own)]
+    return QueryTerms(np.array(keys, dtype=np.uint64), len(own))

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from agentmem_node.index.columns import Floats
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.model.search import Hit, LegHit, LegName, SearchQuery
 
@@ -24,7 +27,8 @@ class Candidate:
 
     id: bytes
     doc: int
-    scores: list[float]
+    score: float  # weighted fusion: the final score; rrf: 0, since only all shards know it
+    scores: tuple[float, ...]
     record: bytes = b""  # with the weighted fusion, where it is known to be needed
 
 
@@ -36,14 +40,17 @@ class LegResults:
     ranked: list[list[tuple[float, bytes]]]  # a leg: its best (score, id), down to the rank window
 
     def to_wire(self) -> list[Any]:
-        rows = [(c.id, c.doc, c.scores, c.record) for c in self.candidates]
+        rows = [(c.id, c.doc, c.score, c.scores, c.record) for c in self.candidates]
         return [rows, self.ranked]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> LegResults:
         rows, ranked = wire
         lists = [[(float(score), key) for score, key in leg] for leg in ranked]
-        return cls([Candidate(*row) for row in rows], lists)
+        return cls(
+            [Candidate(key, doc, score, tuple(s), record) for key, doc, score, s, record in rows],
+            lists,
+        )
 
 
 @dataclass(slots=True)
@@ -55,16 +62,20 @@ class Fused:
     missing: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-def quantised(score: float) -> float:
-    return round(score * _SCORE_STEPS) / _SCORE_STEPS
+def on_grid(scores: Floats) -> Floats:
+    """Scores rounded to what counts as different."""
+    rounded: Floats = np.rint(scores * _SCORE_STEPS)
+    rounded /= _SCORE_STEPS
+    return rounded
 
 
-def weighted_score(scores: Sequence[float], weights: Sequence[float]) -> float:
+def weighted_scores(legs: Sequence[Floats], weights: Sequence[float]) -> Floats:
     """The mean of the legs' scores by weight, on the grid of scores."""
-    total = 0.0
-    for score, weight in zip(scores, weights, strict=True):
-        total += score * weight
-    return quantised(total / sum(weights))
+    total: Floats = legs[0] * weights[0]
+    for scores, weight in zip(legs[1:], weights[1:], strict=True):
+        total += scores * weight
+    total /= sum(weights)
+    return on_grid(total)
 
 
 def fuse(
@@ -82,7 +93,7 @@ def fuse(
             if query.fusion == "rrf":
                 score = _rrf_score(candidate.id, ranks, weights, defaults)
             else:
-                score = weighted_score(candidate.scores, weights)
+                score = candidate.score
             if query.threshold is not None and score < query.threshold:
                 continue
             if query.after is None or (-score, candidate.id) > (-query.after[0], query.after[1]):
@@ -126,7 +137,8 @@ def _rrf_score(
         rank = leg.get(key)
         if rank is not None:
             total += weight / (defaults.rrf_k + rank)
-    return quantised(total * (defaults.rrf_k + 1) / sum(weights))
+    total *= (defaults.rrf_k + 1) / sum(weights)
+    return round(total * _SCORE_STEPS) / _SCORE_STEPS
 
 
 def _explained(

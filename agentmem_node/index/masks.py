@@ -31,7 +31,7 @@ ReadMemory = Callable[[int], Mapping[str, Any]]
 """The stored record of a doc; asked only where no column answers."""
 
 
-def candidates(
+def allowed_rows(
     block: Block, scope: Scope, owner: str | None, tree: Filter | None, now_ms: int,
     read: ReadMemory,
 ) -> Bools | None:  # fmt: skip

@@ -29,10 +29,20 @@ class Matches(NamedTuple):
     occurrences: npt.NDArray[np.float64]
 
 
+class Found(NamedTuple):
+    """Where the terms of a query are, a list entry a term."""
+
+    starts: list[int]
+    lengths: list[int]
+    in_tail: list[Ints]  # entries; empty when there is no tail
+    frequencies: list[int]  # in how many memories each occurs
+
+
 class Postings:
     def __init__(self) -> None:
         self._keys: Keys = np.zeros(0, dtype=np.uint64)
-        self._starts: Ints = np.zeros(1, dtype=np.int64)
+        self._starts: Ints = np.zeros(0, dtype=np.int64)
+        self._sizes: Ints = np.zeros(0, dtype=np.int64)
         self._frequencies = np.zeros(0, dtype=np.int32)
         self._rows = np.zeros(0, dtype=np.int32)
         self._counts = np.zeros(0, dtype=np.uint8)
@@ -79,60 +89,61 @@ class Postings:
             self._frequencies[self._starts.searchsorted(at, side="right") - 1] -= 1
             self._has_zeroed = True
         tail = slice(0, self._tail)
-        self._tail_counts[tail][self._tail_rows[tail] == row] = 0
+        in_tail = self._tail_rows[tail] == row
+        if in_tail.any():
+            self._tail_counts[tail][in_tail] = 0
+            self._has_zeroed = True
 
-    def frequencies(self, keys: Sequence[int]) -> list[int]:
-        """In how many memories each term occurs."""
-        found = [0] * len(keys)
-        if len(self._keys):
-            wanted = np.array(keys, dtype=np.uint64)
-            at = self._keys.searchsorted(wanted)
-            at[at == len(self._keys)] = 0
-            found = np.where(self._keys[at] == wanted, self._frequencies[at], 0).tolist()
-        if self._tail:
-            tail, counts = self._tail_keys[: self._tail], self._tail_counts[: self._tail]
-            for position, key in enumerate(keys):
-                found[position] += int(np.count_nonzero(counts[tail == np.uint64(key)]))
-        return found
-
-    def matches(self, keys: Sequence[int]) -> Matches:
-        """The entries of the terms, by term."""
+    def find(self, keys: Keys) -> Found:
+        """Where the terms are. Valid until the next change."""
         self.merge_if_long()
+        size = len(keys)
+        if len(self._keys):
+            at = self._keys.searchsorted(keys)
+            at[at == len(self._keys)] = 0
+            known = self._keys[at] == keys
+            starts = self._starts[at].tolist()
+            lengths = (self._sizes[at] * known).tolist()
+            frequencies = (self._frequencies[at] * known).tolist()
+        else:
+            starts, lengths, frequencies = [0] * size, [0] * size, [0] * size
+        in_tail: list[Ints] = []
+        if self._tail:
+            tail_keys, counts = self._tail_keys[: self._tail], self._tail_counts
+            for position, key in enumerate(keys):
+                entries = (tail_keys == key).nonzero()[0]
+                in_tail.append(entries)
+                if len(entries):
+                    frequencies[position] += int(np.count_nonzero(counts[entries]))
+        return Found(starts, lengths, in_tail, frequencies)
+
+    def matches(self, found: Found) -> Matches:
+        """The entries of the terms, by term."""
         rows: list[npt.NDArray[Any]] = []
         counts: list[npt.NDArray[Any]] = []
-        lengths = [0] * len(keys)
-        if len(self._keys):
-            wanted = np.array(keys, dtype=np.uint64)
-            at = self._keys.searchsorted(wanted)
-            at[at == len(self._keys)] = 0
-            known = (self._keys[at] == wanted).tolist()
-            starts, ends = self._starts[at].tolist(), self._starts[at + 1].tolist()
+        lengths = found.lengths
+        if not found.in_tail:
+            for start, length in zip(found.starts, lengths, strict=True):
+                if length:
+                    rows.append(self._rows[start : start + length])
+                    counts.append(self._counts[start : start + length])
         else:
-            known, starts, ends = [False] * len(keys), [], []
-        tail_keys, tail_rows = self._tail_keys[: self._tail], self._tail_rows
-        for position, key in enumerate(keys):
-            if known[position]:
-                span = slice(starts[position], ends[position])
-                rows.append(self._rows[span])
-                counts.append(self._counts[span])
-                lengths[position] = ends[position] - starts[position]
-            if self._tail:
-                in_tail = (tail_keys == np.uint64(key)).nonzero()[0]
-                if len(in_tail):
-                    rows.append(tail_rows[in_tail])
-                    counts.append(self._tail_counts[in_tail])
-                    lengths[position] += len(in_tail)
+            lengths = lengths.copy()
+            for position, entries in enumerate(found.in_tail):
+                start, length = found.starts[position], lengths[position]
+                rows += [self._rows[start : start + length], self._tail_rows[entries]]
+                counts += [self._counts[start : start + length], self._tail_counts[entries]]
+                lengths[position] += len(entries)
         if not rows:
             nothing = np.zeros(0, dtype=np.int64)
             return Matches(nothing, nothing, np.zeros(0))
-        term = np.arange(len(keys)).repeat(lengths)
+        term = np.arange(len(lengths)).repeat(lengths)
         row = np.concatenate(rows, dtype=np.int64)
-        count = np.concatenate(counts, dtype=np.float64)
-        if self._has_zeroed or self._tail:
-            held = count > 0
-            if not held.all():
-                return Matches(term[held], row[held], count[held])
-        return Matches(term, row, count)
+        occurrences = np.concatenate(counts, dtype=np.float64)
+        if self._has_zeroed:
+            held = occurrences > 0
+            return Matches(term[held], row[held], occurrences[held])
+        return Matches(term, row, occurrences)
 
     def merge_if_long(self) -> None:
         if self._tail > max(_TAIL_MIN, len(self._rows) // 8):
@@ -140,9 +151,7 @@ class Postings:
 
     def merge(self) -> None:
         """Bring the tail into the base, and drop zeroed entries."""
-        keys = np.concatenate(
-            [self._keys.repeat(np.diff(self._starts)), self._tail_keys[: self._tail]]
-        )
+        keys = np.concatenate([self._keys.repeat(self._sizes), self._tail_keys[: self._tail]])
         rows = np.concatenate([self._rows, self._tail_rows[: self._tail]])
         counts = np.concatenate([self._counts, self._tail_counts[: self._tail]])
         self._rebuild(keys, rows, counts)
@@ -151,7 +160,7 @@ class Postings:
         """Rows become `new_row[row]`; those that become 0 are forgotten."""
         self.merge()
         rows = new_row[self._rows].astype(np.int32)
-        keys = self._keys.repeat(np.diff(self._starts))
+        keys = self._keys.repeat(self._sizes)
         self._rebuild(keys, rows, np.where(rows > 0, self._counts, 0).astype(np.uint8))
 
     def _rebuild(
@@ -168,8 +177,9 @@ class Postings:
         first[1:] = keys[1:] != keys[:-1]
         starts = first.nonzero()[0]
         self._keys = keys[starts]
-        self._starts = np.append(starts, len(keys)).astype(np.int64)
-        self._frequencies = np.diff(self._starts).astype(np.int32)
+        self._starts = starts
+        self._sizes = np.diff(starts, append=len(keys))
+        self._frequencies = self._sizes.astype(np.int32)
         self._has_zeroed = False
         self._tail = 0
         self._tail_keys = np.zeros(64, dtype=np.uint64)
@@ -177,4 +187,4 @@ class Postings:
         self._tail_counts = np.zeros(64, dtype=np.uint8)
 
     def bytes_used(self) -> int:
-        return 20 * len(self._keys) + 5 * len(self._rows) + 13 * len(self._tail_keys)
+        return 28 * len(self._keys) + 5 * len(self._rows) + 13 * len(self._tail_keys)

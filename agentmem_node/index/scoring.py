@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,8 +17,7 @@ from agentmem_node.index.analysis import QueryTerms
 from agentmem_node.index.block import Block
 from agentmem_node.index.columns import Floats, Ints
 from agentmem_node.index.defaults import RankingDefaults
-from agentmem_node.index.postings import Matches
-from agentmem_node.index.vectors import QueryVector
+from agentmem_node.index.postings import Found, Matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +45,12 @@ def merge_stats(parts: Sequence[TextStats]) -> TextStats:
     )
 
 
-def block_stats(block: Block, terms: QueryTerms) -> TextStats:
-    return TextStats(
-        block.columns.live, block.terms_total, tuple(block.postings.frequencies(terms.keys))
-    )
+def block_stats(block: Block, found: Found) -> TextStats:
+    return TextStats(block.columns.live, block.terms_total, tuple(found.frequencies))
 
 
 def bm25_scores(
-    block: Block, terms: QueryTerms, stats: TextStats, defaults: RankingDefaults
+    block: Block, terms: QueryTerms, found: Found, stats: TextStats, defaults: RankingDefaults
 ) -> Floats | None:
     """BM25 over a memory's own words and those lent by its neighbours (BM25F), divided by the sum
     of the terms' weights, which it can never reach; None when no term is known.
@@ -74,7 +71,7 @@ def bm25_scores(
                 weight_sum += weight * defaults.unknown_word_weight
             weight = 0.0
         weights.append(weight)
-    matches = block.postings.matches(terms.keys)
+    matches = block.postings.matches(found)
     if not len(matches.row):
         return None
     n = block.columns.n
@@ -88,7 +85,7 @@ def bm25_scores(
     gain += matches.occurrences
     np.divide(matches.occurrences, gain, out=gain)
     gain *= np.array([w / weight_sum for w in weights])[matches.term]
-    scores: Floats = np.bincount(matches.row, gain, n)
+    scores: Floats = _sums(matches.row, gain, n)
     return scores
 
 
@@ -107,12 +104,12 @@ def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults)
     lent = np.concatenate([count, *(count * weight for weight in weights)])
     sums: Floats
     if terms * n <= 16 * len(cells) + 65_536:
-        sums = np.bincount(cells, lent, terms * n)
+        sums = _sums(cells, lent, terms * n)
         held: Ints = sums.nonzero()[0]
         sums = sums[held]
     else:
         held, inverse = np.unique(cells, return_inverse=True)
-        sums = np.bincount(inverse, lent, len(held))
+        sums = _sums(inverse, lent, len(held))
     term, at = np.divmod(held, n)
     real = at > 0
     if real.all():
@@ -120,29 +117,28 @@ def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults)
     return Matches(term[real], at[real], sums[real])
 
 
-def vector_scores(block: Block, query: QueryVector, *, with_text: bool) -> Floats:
-    """Cosines by int8, floored at 0; with a text query also trust in length and neighbours.
+def vector_scores(block: Block, cosines: Floats, *, with_text: bool) -> Floats:
+    """Cosines, floored at 0; with a text query also trust in length and neighbours.
 
     A bare vector asks for the nearest vectors: then nothing else counts.
     """
-    cosines = block.vectors.scan(query, block.columns.n)
-    np.maximum(cosines, 0.0, out=cosines)
+    scores: Floats = np.maximum(cosines, 0.0)
     if not with_text:
-        return cosines
+        return scores
     _, share, trust = block.context()
-    cosines *= trust
+    scores *= trust
     if block.links.has_links:
-        cosines = block.with_neighbours(cosines)
-        cosines *= share
-    return cosines
+        scores = block.with_neighbours(scores)
+        scores *= share
+    return scores
 
 
 def exact_correction(
-    block: Block, query: QueryVector, rows: Ints, exact: Floats, *, with_text: bool
+    block: Block, rows: Ints, approximate: Floats, exact: Floats, *, with_text: bool
 ) -> Floats:
     """What to add to `vector_scores` of `rows` once their float32 cosines are known."""
-    change = np.maximum(exact, 0.0)
-    change -= np.maximum(block.vectors.gather(query, rows), 0.0)
+    change: Floats = np.maximum(exact, 0.0)
+    change -= np.maximum(approximate, 0.0)
     if with_text:
         _, share, trust = block.context()
         change *= trust[rows]
@@ -159,3 +155,9 @@ def recency_scores(block: Block, now_ms: int, defaults: RankingDefaults) -> Floa
 
 def importance_scores(block: Block) -> Floats:
     return block.columns.importance[: block.columns.n].copy()
+
+
+def _sums(at: Ints, values: Floats, size: int) -> Floats:
+    """The sum of the values at each position: added in the order given."""
+    sums: Any = np.bincount(at, values, size)
+    return cast("Floats", sums)

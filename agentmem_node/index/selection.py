@@ -17,11 +17,14 @@ from agentmem_node.index import scoring
 from agentmem_node.index.block import Block
 from agentmem_node.index.columns import Bools, Floats, Ints
 from agentmem_node.index.defaults import RankingDefaults
-from agentmem_node.index.fusion import Candidate, weighted_score
+from agentmem_node.index.fusion import Candidate, on_grid, weighted_scores
 from agentmem_node.index.vectors import QueryVector, exact_cosines
 from agentmem_node.model.search import LegName, SearchQuery
 
 _STRIDE: Final = 64
+
+RankedRows = list[tuple[float, bytes, int]]
+"""(score, id, row), best first."""
 
 ReadVectors = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 
@@ -36,6 +39,7 @@ class Scored:
     members: list[Bools | None]  # a leg
     mask: Bools | None  # rows that passed scope, filters and expiry; None: all but row 0
     vector: QueryVector | None
+    cosines: Floats | None  # of every row, by int8
     with_text: bool
 
 
@@ -43,18 +47,8 @@ def weighted_page(
     scored: Scored, query: SearchQuery, defaults: RankingDefaults, read: ReadVectors
 ) -> list[Candidate]:
     """The best top_k + 1 after the cursor, by weighted score."""
-    weights = [weight for _, weight in scored.legs]
-    weight_sum = sum(weights)
-    total: Floats = scored.scores[0] * (weights[0] / weight_sum)
-    for scores, weight in zip(scored.scores[1:], weights[1:], strict=True):
-        total += scores * (weight / weight_sum)
+    total, margin = _totals(scored, defaults)
     _exclude(total, scored, _any_member(scored))
-    margin = 0.0
-    for name, weight in scored.legs:
-        if name == "vector":
-            margin = defaults.rescore_steps / scored.block.vectors.scale * weight / weight_sum
-    # Rounding of sums in another order, far below the grid of scores.
-    margin += 1e-9
     pool = total
     if query.after is not None:
         # What may come after the cursor; of that, what certainly does decides the depth.
@@ -69,32 +63,45 @@ def weighted_page(
     if not len(rows):
         return []
     legs = _rescored(scored, rows, read)
-    final = [weighted_score(leg_scores, weights) for leg_scores in legs]
+    final = weighted_scores(legs, [weight for _, weight in scored.legs])
     columns = scored.block.columns
-    keys = zip(
-        [-score for score in final],
-        columns.id_high[rows].tolist(),
-        columns.id_low[rows].tolist(),
-        range(len(rows)),
-        strict=True,
-    )
-    docs = columns.doc[rows].tolist()
+    order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -final))
+    if query.after is None and query.threshold is None:
+        order = order[: query.top_k + 1]
+    rows, final = rows[order], final[order]
     page: list[Candidate] = []
-    for negative, high, low, position in sorted(keys):
-        key = (high << 64 | low).to_bytes(16, "big")
-        if query.threshold is not None and -negative < query.threshold:
+    for key, doc, score, scores in zip(
+        _ids(scored.block, rows),
+        columns.doc[rows].tolist(),
+        final.tolist(),
+        zip(*(leg[order].tolist() for leg in legs), strict=True),
+        strict=True,
+    ):
+        if query.threshold is not None and score < query.threshold:
             break
-        if query.after is not None and (negative, key) <= (-query.after[0], query.after[1]):
-            continue
-        page.append(Candidate(key, docs[position], legs[position]))
-        if len(page) > query.top_k:
-            break
+        if query.after is None or (-score, key) > (-query.after[0], query.after[1]):
+            page.append(Candidate(key, doc, score, scores))
+            if len(page) > query.top_k:
+                break
     return page
 
 
-def ranked_lists(
-    scored: Scored, defaults: RankingDefaults, read: ReadVectors
-) -> list[list[tuple[float, bytes, int]]]:
+def _totals(scored: Scored, defaults: RankingDefaults) -> tuple[Floats, float]:
+    """Weighted scores of all rows by int8, and how far from exact they may be."""
+    weights = [weight for _, weight in scored.legs]
+    weight_sum = sum(weights)
+    total: Floats = scored.scores[0] * (weights[0] / weight_sum)
+    # Rounding of sums in another order, far below the grid of scores.
+    margin = 1e-9
+    for (name, weight), scores in zip(scored.legs, scored.scores, strict=True):
+        if scores is not scored.scores[0]:
+            total += scores * (weight / weight_sum)
+        if name == "vector":
+            margin += defaults.rescore_steps / scored.block.vectors.scale * weight / weight_sum
+    return total, margin
+
+
+def ranked_lists(scored: Scored, defaults: RankingDefaults, read: ReadVectors) -> list[RankedRows]:
     """For each leg, its best (score, id, row), down to the rank window."""
     lists = []
     for number, (name, _) in enumerate(scored.legs):
@@ -105,57 +112,56 @@ def ranked_lists(
             margin += defaults.rescore_steps / scored.block.vectors.scale
         least = _nth_largest(scores, defaults.rank_window) - margin
         rows: Ints = (scores >= max(least, 0.0)).nonzero()[0]
-        exact = [legs[number] for legs in _rescored(scored, rows, read)]
+        exact = on_grid(_rescored(scored, rows, read)[number])
         columns = scored.block.columns
-        entries = sorted(
-            zip(
-                [-score for score in exact],
-                columns.id_high[rows].tolist(),
-                columns.id_low[rows].tolist(),
-                rows.tolist(),
-                strict=True,
-            )
-        )[: defaults.rank_window]
+        order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -exact))
+        order = order[: defaults.rank_window]
+        rows = rows[order]
         lists.append(
-            [
-                (-negative, (high << 64 | low).to_bytes(16, "big"), row)
-                for negative, high, low, row in entries
-            ]
+            list(zip(exact[order].tolist(), _ids(scored.block, rows), rows.tolist(), strict=True))
         )
     return lists
 
 
 def ranked_candidates(
-    scored: Scored, lists: list[list[tuple[float, bytes, int]]], read: ReadVectors
+    scored: Scored, lists: Sequence[RankedRows], read: ReadVectors
 ) -> list[Candidate]:
     """Every memory in one of the lists, with its score in all legs."""
     ids = {row: key for entries in lists for _, key, row in entries}
     rows: Ints = np.array(sorted(ids), dtype=np.int64)
     legs = _rescored(scored, rows, read)
     docs = scored.block.columns.doc[rows].tolist()
+    scores = zip(*(leg.tolist() for leg in legs), strict=True)
     return [
-        Candidate(ids[row], doc, scores)
-        for row, doc, scores in zip(rows.tolist(), docs, legs, strict=True)
+        Candidate(ids[row], doc, 0.0, each)
+        for row, doc, each in zip(rows.tolist(), docs, scores, strict=True)
     ]
 
 
-def without_rows(lists: list[list[tuple[float, bytes, int]]]) -> list[list[tuple[float, bytes]]]:
-    return [[(score, key) for score, key, _ in entries] for entries in lists]
-
-
-def _rescored(scored: Scored, rows: Ints, read: ReadVectors) -> list[list[float]]:
+def _rescored(scored: Scored, rows: Ints, read: ReadVectors) -> list[Floats]:
     """The legs' scores of some rows, the vector leg's corrected by the float32 originals."""
-    columns = []
+    legs = []
     for (name, _), scores in zip(scored.legs, scored.scores, strict=True):
-        values = scores[rows]
-        if name == "vector" and scored.vector is not None and len(rows):
-            exact = exact_cosines(read(scored.block.columns.doc[rows]), scored.vector)
+        values: Floats = scores[rows]
+        if name == "vector" and scored.vector is not None and scored.cosines is not None:
+            block = scored.block
+            exact = exact_cosines(read(block.columns.doc[rows]), scored.vector)
             values += scoring.exact_correction(
-                scored.block, scored.vector, rows, exact, with_text=scored.with_text
+                block, rows, scored.cosines[rows], exact, with_text=scored.with_text
             )
-            np.clip(values, 0.0, 1.0, out=values)
-        columns.append(values.tolist())
-    return [list(scores) for scores in zip(*columns, strict=True)]
+            np.minimum(values, 1.0, out=values)
+            np.maximum(values, 0.0, out=values)
+        legs.append(values)
+    return legs
+
+
+def _ids(block: Block, rows: Ints) -> list[bytes]:
+    """Ids of 16 bytes."""
+    pairs = np.empty((len(rows), 2), dtype=">u8")
+    pairs[:, 0] = block.columns.id_high[rows]
+    pairs[:, 1] = block.columns.id_low[rows]
+    packed = pairs.tobytes()
+    return [packed[i : i + 16] for i in range(0, len(packed), 16)]
 
 
 def _any_member(scored: Scored) -> Bools | None:

@@ -19,7 +19,8 @@ from agentmem_node.index.blocks import BlockKey, Blocks
 from agentmem_node.index.columns import Bools, Floats
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.fusion import Fused, LegResults, fuse
-from agentmem_node.index.masks import candidates
+from agentmem_node.index.masks import allowed_rows
+from agentmem_node.index.postings import Found
 from agentmem_node.index.scoring import TextStats
 from agentmem_node.index.selection import Scored
 from agentmem_node.index.source import Change, Source
@@ -30,7 +31,7 @@ from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import LegName, SearchQuery
 
 _BLOCKS_BYTES_MAX: Final = 1 << 30
-_NO_TERMS: Final = QueryTerms((), 0)
+_NO_TERMS: Final = QueryTerms(np.zeros(0, dtype=np.uint64), 0)
 
 
 def owner_of_query(scope: Scope) -> str | None:
@@ -109,25 +110,11 @@ class ShardIndex:
         """The whole search, when this shard holds every match. All records are filled in."""
         block = self._blocks.get(_key(query))
         terms = _terms(query)
-        stats = scoring.block_stats(block, terms) if terms.keys else None
-        return self._fuse_alone(query, self._legs(block, query, terms, stats))
-
-    def text_stats(self, query: SearchQuery) -> TextStats:
-        """Phase 1 of a search over several shards."""
-        return scoring.block_stats(self._blocks.get(_key(query)), _terms(query))
-
-    def legs(self, query: SearchQuery, stats: TextStats) -> LegResults:
-        """Phase 2: this shard's candidates, scored with the merged statistics."""
-        terms = _terms(query)
-        block = self._blocks.get(_key(query))
-        return self._legs(block, query, terms, stats if terms.keys else None)
-
-    def records(self, docs: Sequence[int]) -> list[bytes]:
-        """Phase 3, for what `fuse` found missing."""
-        return self._source.records(docs)
-
-    def _fuse_alone(self, query: SearchQuery, results: LegResults) -> Fused:
-        fused = fuse(query, active_legs(query, self.defaults), [results], self.defaults)
+        found = block.postings.find(terms.keys)
+        stats = scoring.block_stats(block, found)
+        legs = active_legs(query, self.defaults)
+        results = self._results(block, query, legs, terms, found, stats)
+        fused = fuse(query, legs, [results], self.defaults)
         if fused.missing:
             records = self._source.records([doc for _, _, doc in fused.missing])
             for (position, _, _), record in zip(fused.missing, records, strict=True):
@@ -135,27 +122,48 @@ class ShardIndex:
             fused.missing = []
         return fused
 
-    def _legs(
-        self, block: Block, query: SearchQuery, terms: QueryTerms, stats: TextStats | None
-    ) -> LegResults:
+    def text_stats(self, query: SearchQuery) -> TextStats:
+        """Phase 1 of a search over several shards."""
+        block = self._blocks.get(_key(query))
+        return scoring.block_stats(block, block.postings.find(_terms(query).keys))
+
+    def legs(self, query: SearchQuery, stats: TextStats) -> LegResults:
+        """Phase 2: this shard's candidates, scored with the merged statistics."""
+        terms = _terms(query)
+        block = self._blocks.get(_key(query))
+        found = block.postings.find(terms.keys)
         legs = active_legs(query, self.defaults)
+        return self._results(block, query, legs, terms, found, stats)
+
+    def records(self, docs: Sequence[int]) -> list[bytes]:
+        """Phase 3, for what `fuse` found missing."""
+        return self._source.records(docs)
+
+    def _results(
+        self,
+        block: Block,
+        query: SearchQuery,
+        legs: Sequence[tuple[LegName, float]],
+        terms: QueryTerms,
+        found: Found,
+        stats: TextStats,
+    ) -> LegResults:
         if not legs or not block.columns.live:
             return LegResults([], [[] for _ in legs])
-        scored = self._scored(block, query, legs, terms, stats)
+        scored = self._scored(block, query, legs, terms, found, stats)
         read = self._source.vectors
-        ranked: list[list[tuple[float, bytes, int]]] = []
+        ranked: list[selection.RankedRows] = []
         if query.explain or query.fusion == "rrf":
             ranked = selection.ranked_lists(scored, self.defaults, read)
         if query.fusion == "rrf":
-            found = selection.ranked_candidates(scored, ranked, read)
+            candidates = selection.ranked_candidates(scored, ranked, read)
         else:
-            found = selection.weighted_page(scored, query, self.defaults, read)
-            page = found[: query.top_k]
-            for candidate, record in zip(
-                page, self._source.records([c.doc for c in page]), strict=True
-            ):
+            candidates = selection.weighted_page(scored, query, self.defaults, read)
+            page = candidates[: query.top_k]
+            records = self._source.records([candidate.doc for candidate in page])
+            for candidate, record in zip(page, records, strict=True):
                 candidate.record = record
-        return LegResults(found, selection.without_rows(ranked))
+        return LegResults(candidates, [[(s, key) for s, key, _ in leg] for leg in ranked])
 
     def _scored(
         self,
@@ -163,29 +171,31 @@ class ShardIndex:
         query: SearchQuery,
         legs: Sequence[tuple[LegName, float]],
         terms: QueryTerms,
-        stats: TextStats | None,
+        found: Found,
+        stats: TextStats,
     ) -> Scored:
+        read = self._source.memory
         owner = owner_of_query(query.scope)
-        mask = candidates(
-            block, query.scope, owner, query.filter, query.now_ms, self._source.memory
-        )
+        mask = allowed_rows(block, query.scope, owner, query.filter, query.now_ms, read)
         n = block.columns.n
-        vector = None
+        with_text = bool(query.text)
+        vector: QueryVector | None = None
+        cosines: Floats | None = None
         scores: list[Floats] = []
         members: list[Bools | None] = []
         for name, _ in legs:
             known: Bools | None = None
             if name == "vector":
-                assert query.vector is not None
-                vector = QueryVector(query.vector, block.vectors.scale)
-                leg = scoring.vector_scores(block, vector, with_text=bool(query.text))
+                vector = QueryVector(query.vector or b"", block.vectors.scale)
+                cosines = block.vectors.scan(vector, n)
+                leg = scoring.vector_scores(block, cosines, with_text=with_text)
                 if block.columns.without_vector:
                     known = block.columns.has_vector[:n]
             elif name == "bm25":
-                found = None
-                if stats is not None:
-                    found = scoring.bm25_scores(block, terms, stats, self.defaults)
-                leg = np.zeros(n) if found is None else found
+                sums = None
+                if len(terms.keys) and stats.memories:
+                    sums = scoring.bm25_scores(block, terms, found, stats, self.defaults)
+                leg = np.zeros(n) if sums is None else sums
                 known = leg > 0
             elif name == "recency":
                 leg = scoring.recency_scores(block, query.now_ms, self.defaults)
@@ -194,11 +204,11 @@ class ShardIndex:
             else:
                 text = TextQuery.of(query.text or "", analyzer(query.language))
                 score = phrase_scores if name == "phrase" else fuzzy_scores
-                leg = score(block, text, self._text, mask, self._source.memory)
+                leg = score(block, text, self._text, mask, read)
                 known = leg > 0
             scores.append(leg)
             members.append(known)
-        return Scored(block, legs, scores, members, mask, vector, bool(query.text))
+        return Scored(block, legs, scores, members, mask, vector, cosines, with_text)
 
 
 def _key(query: SearchQuery) -> BlockKey:

@@ -84,10 +84,6 @@ class VectorRows:
         """Cosines, as far as int8 knows them, of the first `rows` rows."""
         return _products(query.codes, self.codes[:rows]) * query.unit
 
-    def gather(self, query: QueryVector, rows: Ints) -> Floats:
-        """The same numbers as `scan`, of some rows."""
-        return _products(query.codes, self.codes[rows]) * query.unit
-
     def bytes_used(self) -> int:
         return self.codes.nbytes
 
