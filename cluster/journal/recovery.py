@@ -61,7 +61,7 @@ class _Walk:
     def run(self) -> Recovered:
         found = self._found
         for number in self._segments.numbers():
-            if found.segment and (number != found.segment + 1 or found.cut_reason):
+            if found.segment and number != found.segment + 1:
                 self._look_for_evidence(number, self._read(number), 0)
                 continue
             self._walk_segment(number)
@@ -100,7 +100,8 @@ class _Walk:
                 reason = str(damaged)
                 break
             if at == 0:
-                found.segment = number
+                # A cut is behind us when the next segment goes on from before it.
+                found.segment, found.cut_reason = number, ""
             self._replay(view, at, header)
             at += header.block_bytes
             found.offset = at
