@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from agentmem_cluster.errors import DiskFull
 from agentmem_cluster.raft.api import Entry
 
 
@@ -62,6 +63,7 @@ class MachineStore:
 
     cached: MachineState = field(default_factory=MachineState)
     durable: MachineState = field(default_factory=MachineState)
+    is_full: Callable[[], bool] = lambda: False
 
     def power_loss(self) -> None:
         self.cached = self.durable.copy()
@@ -105,6 +107,9 @@ class RegisterMachine:
         return self._durable_index
 
     def apply(self, entries: Sequence[Entry]) -> list[Effect]:
+        if self._store.is_full():
+            # As a shard does: nothing was applied, and the same entries may be tried again.
+            raise DiskFull("the state machine has no room")
         state = self._store.cached
         results = []
         for entry in entries:

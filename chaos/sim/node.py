@@ -63,7 +63,10 @@ class SimNode:
         self.groups = {spec.id: spec for spec in plan.groups if name in spec.members}
         self.disk = SimDisk(stream(plan.seed, f"disk/{name}"))
         self.clock = SimClock(schedule)
-        self.stores = {group: MachineStore() for group in self.groups}
+        self.stores = {
+            group: MachineStore(is_full=lambda: plan.state_needs_room and self.disk.full)
+            for group in self.groups
+        }
         self.core: NodeCore | None = None
         self.journal: Journal | None = None
         self.machines: dict[str, RegisterMachine] = {}
@@ -134,10 +137,10 @@ class SimNode:
         self._schedule.after(delay_s + self._chance.uniform(*self.plan.boot_s), self.boot)
 
     def kill(self, why: str) -> None:
-        """SIGKILL: the page cache survives, LMDB's mapped pages may or may not have been there."""
+        """SIGKILL: the page cache survives. A state machine may or may not trust it."""
         if self._die(why, silent=False):
             self.disk.kill()
-            keeps_cached = self._chance.random() < 0.8
+            keeps_cached = self._chance.random() < 0.4
             for store in self.stores.values():
                 store.kill(keeps_cached=keeps_cached)
 

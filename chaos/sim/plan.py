@@ -77,6 +77,7 @@ class WorldPlan:
     think_s: tuple[float, float]
     padding_bytes_max: int
     segment_bytes: int
+    state_needs_room: bool
     checkpoint_entries: int
     checkpoint_s: float
     tail_bytes: int
@@ -121,6 +122,7 @@ class WorldPlan:
             think_s=chance.choice([(0.0, 0.1), (0.05, 0.3), (0.1, 0.6)]),
             padding_bytes_max=chance.choice([0, 0, 100, 4_000]),
             segment_bytes=chance.choice([16 << 10, 64 << 10, 1 << 20]),
+            state_needs_room=chance.random() < 0.5,
             checkpoint_entries=chance.choice([20, 100, 1_000]),
             checkpoint_s=chance.choice([1.0, 10.0, 60.0]),
             tail_bytes=chance.choice([300 << 10, 1 << 20, 32 << 20]),
