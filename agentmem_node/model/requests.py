@@ -76,7 +76,7 @@ class UpdateRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     categories: list[str] | msgspec.UnsetType = msgspec.UNSET
     expires_at: str | msgspec.UnsetType | None = msgspec.UNSET
     vector: list[float] | msgspec.UnsetType = msgspec.UNSET
-    expected_version: int | None = None
+    expected_version: Annotated[int, Meta(ge=1)] | None = None
 
 
 class BatchDeleteRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from agentmem_cluster.errors import AgentMemError, NoQuorum
+from agentmem_cluster.errors import AgentMemError, DeadlineExceeded, NoQuorum
 from agentmem_cluster.runtime import Clock
 from agentmem_node.service.routing import Routing
 
@@ -32,6 +32,15 @@ class Gathered(Generic[T]):
 
     def missing(self, shards: Sequence[str]) -> list[str]:
         return [shard for shard in shards if shard not in self.answers]
+
+    def refusal(self) -> AgentMemError:
+        """Why there is no answer at all: what a replica said, else that none did in time."""
+        for error in self.errors.values():
+            return error
+        return DeadlineExceeded(
+            "No replica answered before the deadline of the request.",
+            hint="Retry, or allow more time (X-AgentMem-Deadline-Ms).",
+        )
 
 
 class FanOut:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from agentmem_cluster.errors import AgentMemError, InternalError, InvalidField, NoQuorum
+from agentmem_cluster.errors import AgentMemError, InvalidField
 from agentmem_cluster.runtime import Clock
 from agentmem_node.model import requests as rq
 from agentmem_node.model.cursors import decode_list_cursor, encode_list_cursor
@@ -176,7 +176,7 @@ class Reads:
         )
         missing = gathered.missing(shards)
         if len(missing) == len(shards):
-            raise gathered.errors.get(shards[0], NoQuorum("No shard answered in time."))
+            raise gathered.refusal()
         pages = [page for page, _ in gathered.answers.values()]
         rows = list(heapq.merge(*pages, key=lambda row: (-row[0], _inverted(row[1]))))
         rows = rows[: query.limit + 1]
@@ -348,9 +348,7 @@ class Reads:
         gathered: Gathered[Any] = await self._fan_out.gather([shard_id], ask, deadline)
         if shard_id in gathered.answers:
             return gathered.answers[shard_id]
-        self._routing.remaining(deadline)
-        error = gathered.errors.get(shard_id)
-        raise error or InternalError(f"Shard {shard_id} gave neither an answer nor an error.")
+        raise gathered.refusal()
 
     async def _settled_of(self, body: dict[str, Any]) -> LocalShard:
         return await self._settled(

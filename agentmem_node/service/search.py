@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from agentmem_cluster.errors import InternalError, InvalidField, TooLarge
+from agentmem_cluster.errors import InvalidField, TooLarge
 from agentmem_cluster.runtime import Clock
 from agentmem_node.config_keys import SearchSection
 from agentmem_node.index.defaults import RankingDefaults
@@ -232,8 +232,7 @@ class Searches:
             prepare=lambda local: local.build(query),
         )
         if not first.answers:
-            self._routing.remaining(caller.deadline)
-            raise first.errors.get(shards[0]) or InternalError("No shard answered.")
+            raise first.refusal()
         answered = [shard for shard in shards if shard in first.answers]
         stats = merge_stats([TextStats.from_wire(first.answers[s][0]) for s in answered])
         # The second round may meet other replicas: each must have seen what the first one saw.
@@ -249,8 +248,7 @@ class Searches:
             prepare=lambda local: local.build(query),
         )
         if not second.answers:
-            self._routing.remaining(caller.deadline)
-            raise second.errors.get(answered[0]) or InternalError("No shard answered.")
+            raise second.refusal()
         parts = [shard for shard in answered if shard in second.answers]
         fused = fuse(
             query,

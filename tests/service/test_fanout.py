@@ -107,7 +107,9 @@ def test_what_has_not_answered_by_the_deadline_is_missing() -> None:
         await asyncio.sleep(30)
         return {}
 
-    assert gather(ask, seconds=0.2).missing(["s00", "s01"]) == ["s00", "s01"]
+    found = gather(ask, seconds=0.2)
+    assert found.missing(["s00", "s01"]) == ["s00", "s01"]
+    assert isinstance(found.refusal(), DeadlineExceeded)
 
 
 def test_a_request_without_time_left_is_refused_before_anybody_is_asked() -> None:
