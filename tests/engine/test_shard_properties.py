@@ -33,7 +33,7 @@ from agentmem_node.model.commands import (
 )
 from agentmem_node.model.ids import format_id
 from agentmem_node.model.memory import Memory
-from agentmem_node.model.times import format_ms
+from agentmem_node.model.times import TIME_MS_MIN, format_ms
 from agentmem_node.storage.ledger import LedgerBounds
 
 DIM = 2
@@ -66,7 +66,9 @@ def vector_of(n: int) -> bytes:
 
 keys = st.integers(0, len(IDS) - 1)
 vectors = st.one_of(st.none(), st.integers(1, 9).map(vector_of))
-expiries = st.one_of(st.none(), st.integers(START_MS - 50, START_MS + 50))
+expiries = st.sampled_from([None, START_MS - 1, START_MS, START_MS + 1])
+# 0 stands for the version that is there: see `concrete`.
+reads = st.sampled_from([0, 0, 0, 0, 1, 2])
 contents = st.sampled_from(["tea", "coffee", "water"])
 
 
@@ -82,7 +84,7 @@ adds = st.builds(
     contents,
     vectors,
     # Back-dated, also to before 1970, and equal for many.
-    st.sampled_from([-5, 0, START_MS - 1, START_MS, START_MS + 1]),
+    st.sampled_from([TIME_MS_MIN, -5, 0, START_MS, START_MS + 1]),
     expiries,
 )
 updates = st.builds(
@@ -91,14 +93,12 @@ updates = st.builds(
     ),
     keys,
     contents,
-    st.integers(1, 3),
+    reads,
     vectors,
     expiries,
     st.sampled_from([0] * 9 + [1]),
 )
-deletes = st.builds(
-    lambda n, read: Delete(IDS[n], read), keys, st.one_of(st.none(), st.integers(1, 3))
-)
+deletes = st.builds(lambda n, read: Delete(IDS[n], read), keys, st.one_of(st.none(), reads))
 writes = st.builds(
     lambda request, fingerprint, tenant, at, ops, atomic: Write(
         bytes([request]) * 16, fingerprint, tenant, START_MS + at, tuple(ops), atomic
@@ -110,6 +110,22 @@ writes = st.builds(
     st.lists(st.one_of(adds, adds, updates, updates, deletes), max_size=4),
     st.booleans(),
 )
+
+
+def concrete(write: Write, model: Model) -> Write:
+    """The write with each read version 0 replaced by the version that is there."""
+    ops: list[Op] = []
+    for op in write.ops:
+        kept = model.kept.get((write.tenant, op.id))
+        version = 1 if kept is None else kept.version
+        if isinstance(op, Update) and op.read_version == 0:
+            memory = msgspec.json.decode(op.record, type=Memory)
+            record = record_of(op.id, memory.content, memory.scope.owner, version + 1)
+            op = op._replace(read_version=version, record=record)
+        elif isinstance(op, Delete) and op.read_version == 0:
+            op = op._replace(read_version=version)
+        ops.append(op)
+    return write._replace(ops=tuple(ops))
 
 
 # -- the model ------------------------------------------------------------------------------
@@ -327,7 +343,7 @@ def pages(shard: Shard, tenant: str, owner: str | None) -> Iterator[bytes]:
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     commands=st.lists(writes, min_size=1, max_size=25),
@@ -347,9 +363,12 @@ def test_a_shard_does_what_its_model_does_and_replay_gives_the_same_bytes(
     monkeypatch.setattr(shard_module, "_COMMIT_BYTES", 60_000)
     for name in ("steady", "shaken"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
-    entries = [Entry(i, 1, encode_write(write)) for i, write in enumerate(commands, 1)]
     model = Model()
-    expected = [model.apply(i, write) for i, write in enumerate(commands, 1)]
+    entries, expected = [], []
+    for index, command in enumerate(commands, 1):
+        write = concrete(command, model)
+        entries.append(Entry(index, 1, encode_write(write)))
+        expected.append(model.apply(index, write))
 
     steady = open_shard(tmp_path / "steady")
     assert steady.apply(entries) == expected
