@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from agentmem_cluster.errors import AgentMemError
 from agentmem_node.model import requests as rq
 from agentmem_node.model.limits import Limits
 from agentmem_node.model.search import Consistency, SearchAnswer
@@ -28,7 +30,9 @@ class NodeService(Protocol):
     node_id: str
     limits: Limits
 
-    async def add(self, caller: Caller, items: list[rq.AddRequest]) -> rq.AddAnswer:
+    async def add(
+        self, caller: Caller, items: Sequence[rq.AddRequest | AgentMemError]
+    ) -> rq.AddAnswer:
         """Per-item results for bad items when there are several; a single bad item raises."""
         ...
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agentmem_cluster.errors import ModelUnavailable, Unavailable
+from agentmem_cluster.errors import AgentMemError, ModelUnavailable, Unavailable
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.link.tls import LinkTls
@@ -324,7 +324,9 @@ class Node:
 
     # -- NodeService ----------------------------------------------------------------------
 
-    async def add(self, caller: Caller, items: list[rq.AddRequest]) -> rq.AddAnswer:
+    async def add(
+        self, caller: Caller, items: Sequence[rq.AddRequest | AgentMemError]
+    ) -> rq.AddAnswer:
         return await self._writes.add(caller, items)
 
     async def get(

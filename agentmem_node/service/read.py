@@ -36,6 +36,8 @@ from agentmem_node.service.write import not_found
 T = TypeVar("T")
 # Memories that a filtered list looks at before it lets others run: about 10 ms.
 _SCAN_MAX = 2_000
+# A page of long memories ends early: an answer is held in memory whole.
+_PAGE_BYTES_MAX = 4 << 20
 
 _history_decoder = msgspec.json.Decoder(HistoryEntry)
 _history_encoder = msgspec.json.Encoder()
@@ -179,10 +181,10 @@ class Reads:
             raise gathered.refusal()
         pages = [page for page, _ in gathered.answers.values()]
         rows = list(heapq.merge(*pages, key=lambda row: (-row[0], _inverted(row[1]))))
-        rows = rows[: query.limit + 1]
+        shown = _page_rows(rows, query.limit)
         next_cursor = None
-        if len(rows) > query.limit:
-            rows.pop()
+        if len(rows) > shown:
+            del rows[shown:]
             next_cursor = encode_list_cursor((rows[-1][0], rows[-1][1]))
         return rq.ListAnswer(
             results=[msgspec.Raw(row[2]) for row in rows],
@@ -386,6 +388,16 @@ def _with_scope(scope: Scope, filter_: Filter | None) -> Filter | None:
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else And(tuple(parts))
+
+
+def _page_rows(rows: Sequence[list[Any]], limit: int) -> int:
+    """How many rows a page shows: up to `limit`, up to a bound of bytes, and one at least."""
+    size = 0
+    for number, row in enumerate(rows[:limit]):
+        size += len(row[2])
+        if size > _PAGE_BYTES_MAX and number:
+            return number
+    return min(len(rows), limit)
 
 
 def _inverted(key: bytes) -> bytes:

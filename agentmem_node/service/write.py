@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -112,8 +112,12 @@ class Writes:
 
     # -- add ----------------------------------------------------------------------------
 
-    async def add(self, caller: Caller, items: list[rq.AddRequest]) -> rq.AddAnswer:
+    async def add(
+        self, caller: Caller, items: Sequence[rq.AddRequest | AgentMemError]
+    ) -> rq.AddAnswer:
         """Store the items; a bad one among several is answered in its place, the rest are stored.
+
+        An error among the items is one that could not even be read as a request.
 
         Raises what a single item raises (InvalidField, TooLarge), and for all of them
         DiskFull, NoQuorum, Overloaded, ModelUnavailable, DeadlineExceeded (outcome unknown).
@@ -123,6 +127,8 @@ class Writes:
         drafts: list[tuple[int, Draft]] = []
         for item in items:
             try:
+                if isinstance(item, AgentMemError):
+                    raise item
                 found = drafts_of(item, self._limits, self._dim)
             except AgentMemError as error:
                 if len(items) == 1:

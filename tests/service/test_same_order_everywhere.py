@@ -44,7 +44,7 @@ def memories() -> list[dict[str, Any]]:
             "importance": number / 240,
             "metadata": {"number": number, "city": chance.choice(["Oslo", "Rome"])},
             "created_at": f"2026-03-{1 + number % 27:02d}T12:{number // 10:02d}:{number % 60:02d}Z",
-            "vector": [chance.gauss(0, 1) for _ in range(DIM)],
+            "vector": [abs(chance.gauss(0, 1)) for _ in range(DIM)],
         }
         if number % 3 == 0:
             item["agent_id"] = "planner"
@@ -54,7 +54,7 @@ def memories() -> list[dict[str, Any]]:
 
 def searches() -> list[dict[str, Any]]:
     chance = random.Random(6)
-    vector = [chance.gauss(0, 1) for _ in range(DIM)]
+    vector = [abs(chance.gauss(0, 1)) for _ in range(DIM)]
     return [
         {"query": "tea in oslo", "top_k": 25},
         # Ranks within equal scores go by id, and ids differ between clusters: legs without ties.
