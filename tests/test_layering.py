@@ -41,6 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "agentmem_node.security",
         "agentmem_node.observe",
         "agentmem_node.config",
+        "agentmem_node.config_keys",
     ),
     "agentmem_node.service": ("agentmem_cluster", "agentmem_node"),
     "agentmem_node.run": ("agentmem_cluster", "agentmem_node"),
