@@ -192,7 +192,7 @@ class GroupLog:
         if kind == fmt.APPEND:
             self.runs.add(index, term, record.token, 0, 0, len(commands), 0)
         else:
-            self.runs.replace(run, self.last_index)
+            self.runs.replace(run, self.first_index, self.last_index)
         self._journal.buffer(record)
         return record
 

@@ -67,12 +67,15 @@ class FlushJob:
         self.covers: dict[GroupLog, tuple[int, int]] = {}  # last index, hard state changes
         self.oldest_needed: int | None = None
         self.sync_s = 0.0
+        self.erased_file: File | None = None
 
     def run(self) -> None:
         """Raises OSError; after ENOSPC `begin_flush` writes the same again."""
         self.stage = _Stage.FAILED
         if self.file is not None:
             begun_s = self._journal.now_s()
+            if self.erased_file is not None:
+                self.erased_file.datasync()
             self.file.datasync()
             if self.new_segment:
                 self._journal.sync_names()
@@ -112,6 +115,7 @@ class Journal:
         self._segment = found.segment
         self._offset = found.offset
         self._must_roll = not found.segment or bool(found.cut_reason)
+        self._half_written: tuple[int, int] | None = None  # where a write failed
         self._pending: list[Record] = []
         self._pending_by_token: dict[int, Record] = {}
         self._written = {number: g.state() for number, g in found.groups.items()}
@@ -244,14 +248,26 @@ class Journal:
         job.data = head + block
         job.offset = offset
         job.file = self._segments.make(segment, offset + len(job.data))
+        self._erase_half_written(job, segment)
+        self._half_written = (segment, offset)
         job.file.pwrite(job.data, offset)
         # Nothing above changed the journal, so an OSError left it as it was.
+        self._half_written = None
         job.sequence = self._sequence = sequence + 1
         self._previous_crc = crc
         self._segment, self._offset = segment, offset + len(job.data)
         self._must_roll = False
         content_at = offset + len(head) + fmt.HEADER_BYTES + len(rows) * fmt.ROW.size
         self._note_written(job, rows, content_at)
+
+    def _erase_half_written(self, job: FlushJob, segment: int) -> None:
+        """A write that found no room may be whole but for zeros: it must not be read as a block
+        when the same sequence goes to another segment."""
+        if self._half_written is not None and self._half_written[0] != segment:
+            old, offset = self._half_written
+            if self._segments.has(old):
+                job.erased_file = self._segments.file(old)
+                job.erased_file.pwrite(bytes(fmt.HEADER_BYTES), offset)
 
     def _block(
         self, segment: int, sequence: int, previous: int, rows: list[bytes], contents: list[bytes]

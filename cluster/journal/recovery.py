@@ -261,6 +261,6 @@ def _replay_rare(kind: int, group: GroupLog, run: Run, content: bytes) -> None:
         else:
             group.runs.cut_before(run.first + 1)
     elif kind == fmt.RELOCATE:
-        group.runs.replace(run, group.last_index)
+        group.runs.replace(run, group.first_index, group.last_index)
     else:
         raise ValueError(f"kind {kind} is unknown")

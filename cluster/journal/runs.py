@@ -81,8 +81,8 @@ class RunIndex:
         if at < len(self.first) and self.first[at] == first and self.segment[at] == token:
             self._put(at, run)
 
-    def replace(self, run: Run, last_index: int) -> None:
-        """Let `run` hold its entries, where others did: a relocation. `last_index` is the log's.
+    def replace(self, run: Run, first_index: int, last_index: int) -> None:
+        """Let `run` hold its entries, where others did: a relocation. The indexes are the log's.
 
         Raises ValueError when it would split a run: only whole runs, or the end of a run whose
         first entries are compacted, are ever relocated, and any part of what is missing.
@@ -99,7 +99,9 @@ class RunIndex:
             if old.segment != MISSING:
                 raise ValueError("a relocation splits a run")
             rows.append(old._replace(first=end))
-        if self.first[start] < run.first and self.segment[start] == MISSING:
+        if max(self.first[start], first_index) < run.first:
+            if self.segment[start] != MISSING:
+                raise ValueError("a relocation splits a run")
             start += 1  # the missing head stays, and stays missing
         for column, values in zip(self._columns, zip(*rows, strict=True), strict=True):
             column[start:stop] = array(column.typecode, values)

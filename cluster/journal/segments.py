@@ -107,6 +107,9 @@ class Tidying:
             segments, number = self._segments, self._dead[0]
             if self._next is not None and segments.size(number) == segments.segment_bytes:
                 segments.disk.rename(segments.name(number), segments.name(self._next))
+                # Before anything is written to it: a power loss may bring the old name back,
+                # and what then stands there must be what stood there.
+                segments.disk.sync_dir(segments.path)
                 self._recycled = number
             else:
                 segments.disk.remove(segments.name(number))
