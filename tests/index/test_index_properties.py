@@ -325,3 +325,14 @@ def test_the_rank_window_bounds_the_ranks(source: Any) -> None:
     index = ShardIndex(source, defaults=RankingDefaults(rank_window=10))
     ranks = [hit.legs["bm25"].rank for hit in index.search_local(query).hits]
     assert ranks == [*range(1, 11), *[0] * (len(ranks) - 10)]
+
+
+def test_an_update_leaves_nothing_of_the_words_before(source: Any) -> None:
+    first = source.add(1, "tea tea garden", None, user_id="ana")
+    source.add(2, "garden river", None, user_id="ana")
+    index = ShardIndex(source)
+    query = SearchQuery("acme", Scope(user_id="ana"), 5, kit.NOW_MS, text="tea garden")
+    assert [hit.id[-1] for hit in index.search_local(query).hits] == [1, 2]
+    index.apply([source.update(first.doc, None, content="river")])
+    assert [hit.id[-1] for hit in index.search_local(query).hits] == [2]
+    assert index.search_local(query) == ShardIndex(source).search_local(query)
