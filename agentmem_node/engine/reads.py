@@ -45,16 +45,16 @@ class StoreSource:
         return self._store.vectors(docs.tolist())
 
     def records(self, docs: Sequence[int]) -> list[bytes]:
-        return [self._row(doc).record for doc in docs]
+        return [self._record(doc) for doc in docs]
 
     def memory(self, doc: int) -> dict[str, Any]:
-        return _any_decoder.decode(self._row(doc).record)
+        return _any_decoder.decode(self._record(doc))
 
-    def _row(self, doc: int) -> DocRow:
-        row = self._store.row(doc)
-        if row is None:
+    def _record(self, doc: int) -> bytes:
+        record = self._store.record(doc)
+        if record is None:
             raise KeyError(f"memory number {doc} is deleted, or never was")
-        return row
+        return record
 
 
 def scope_of(store: Store, tenant: str, owner: str | None) -> Scope | None:

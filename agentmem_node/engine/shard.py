@@ -104,10 +104,11 @@ class Shard:
         self._check()
         if not entries:
             return []
-        if entries[0].index <= self.applied_index:
+        expected = range(self.applied_index + 1, self.applied_index + 1 + len(entries))
+        if any(entry.index != index for entry, index in zip(entries, expected, strict=True)):
             raise ValueError(
-                f"entry {entries[0].index} of shard {self.id} was applied already: "
-                f"it is at {self.applied_index}"
+                f"shard {self.id} is at entry {self.applied_index} and was given "
+                f"{entries[0].index} to {entries[-1].index}: an entry is missing or repeated"
             )
         writes = [decode(entry.command) for entry in entries]
         cost = [_cost(entry.command, write) for entry, write in zip(entries, writes, strict=True)]
@@ -123,8 +124,8 @@ class Shard:
                 )
                 to_come -= size
                 if env.reserved - to_come >= _COMMIT_BYTES:
-                    self._store.commit(to_come)
-            self._store.flush()
+                    env.commit(to_come)
+            self._store.scopes.flush()
             if changes and self._index is not None:
                 self._index.apply(changes)
         except BaseException as error:
@@ -134,7 +135,7 @@ class Shard:
 
     def checkpoint(self) -> CheckpointJob | None:
         self._check()
-        job = self._store.begin_checkpoint()
+        job = self._store.env.begin_checkpoint()
         if job is not None:
             self._durable_next = self.applied_index
         return job

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from agentmem_node.storage.checkpoint import DATA_NAME, damaged
-from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, CheckpointJob, Environment
+from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, Environment
 from agentmem_node.storage.layout import (
     DATABASES,
+    DOC_HEAD_BYTES,
     HISTORY_HEAD,
     HISTORY_KEY,
     ID_ROW,
@@ -102,19 +103,6 @@ class Store:
             env.close()
             raise damaged(folder / DATA_NAME, what or "")
         return cls(env, state, LedgerBounds() if bounds is None else bounds)
-
-    def flush(self) -> None:
-        """Make what was applied readable in the store itself; once a batch."""
-        self.scopes.flush()
-
-    def commit(self, reserved: int = 0) -> None:
-        """Bound the memory that uncommitted changes hold (`Environment.commit`)."""
-        self.scopes.flush()
-        self.env.commit(reserved)
-
-    def begin_checkpoint(self) -> CheckpointJob | None:
-        self.scopes.flush()
-        return self.env.begin_checkpoint()
 
     # -- writes -------------------------------------------------------------------------
 
@@ -215,6 +203,11 @@ class Store:
         """A live memory by its number."""
         data = self.env.txn.get(U64.pack(doc), db=self._docs)
         return None if data is None else unpack_doc(data)
+
+    def record(self, doc: int) -> bytes | None:
+        """The JSON of a live memory, without reading its header."""
+        data = self.env.txn.get(U64.pack(doc), db=self._docs)
+        return None if data is None else data[DOC_HEAD_BYTES:]
 
     def vector(self, doc: int) -> bytes | None:
         data: bytes | None = self.env.txn.get(U64.pack(doc), db=self._vectors)

@@ -329,6 +329,12 @@ def check(shard: Shard, model: Model) -> None:
             expected = None if known is None else WriteResult(known[2], True, known[0])
             assert found == expected
     assert len(follower.docs) == shard.count()
+    live_kept = [kept for kept in model.kept.values() if kept.is_live]
+    stats = shard.stats()
+    assert stats["memories"] == len(live_kept)
+    assert stats["vectors"] == sum(kept.vector is not None for kept in live_kept)
+    assert stats["tombstones"] == len(model.kept) - len(live_kept)
+    assert stats["ledger_entries"] == len(model.ledger)
 
 
 def pages(shard: Shard, tenant: str, owner: str | None) -> Iterator[bytes]:
