@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from agentmem_cluster.errors import BadRequest, InvalidField
+from agentmem_cluster.errors import AgentMemError, BadRequest, InvalidField
+from agentmem_node.model import requests as rq
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -22,8 +23,9 @@ _SHOWN_CHARACTERS_MAX = 100
 class Body(Generic[T]):
     """Decodes the JSON bodies of one request type."""
 
-    def __init__(self, type_: type[T]) -> None:
+    def __init__(self, type_: type[T], *, noun: str = "body") -> None:
         self.type = type_
+        self._noun = noun
         self._decode: Callable[[bytes], T] = msgspec.json.Decoder(type_).decode
         # Every name that may stand somewhere in the body: for "Did you mean".
         self._names = sorted(set(_field_names(type_)))
@@ -33,7 +35,7 @@ class Body(Generic[T]):
         try:
             return self._decode(body)
         except msgspec.ValidationError as error:
-            raise invalid_field(str(error), self._names) from None
+            raise invalid_field(str(error), self._names, noun=self._noun) from None
         except msgspec.DecodeError as error:
             raise _not_json(body, str(error)) from None
         except UnicodeDecodeError as error:
@@ -45,6 +47,34 @@ class Body(Generic[T]):
             raise BadRequest(
                 "The body is nested too deep.", hint="Nesting of metadata and filters is limited."
             ) from None
+
+
+class _RawBatch(msgspec.Struct, forbid_unknown_fields=True):
+    memories: list[msgspec.Raw]
+
+
+class BatchAddBody:
+    """Decodes a batch of adds; an item that is malformed becomes its error, the others stand."""
+
+    def __init__(self) -> None:
+        self.type = rq.BatchAddRequest
+        self._whole = Body(rq.BatchAddRequest)
+        self._envelope = Body(_RawBatch)
+        self._item = Body(rq.AddRequest, noun="item")
+
+    def decode(self, body: bytes) -> list[rq.AddRequest | AgentMemError]:
+        """Raises BadRequest or InvalidField when the batch itself cannot be read."""
+        try:
+            return list(self._whole.decode(body).memories)
+        except InvalidField:
+            # Only now item by item: for a good batch that takes a third longer.
+            return [self._one(bytes(raw)) for raw in self._envelope.decode(body).memories]
+
+    def _one(self, raw: bytes) -> rq.AddRequest | AgentMemError:
+        try:
+            return self._item.decode(raw)
+        except BadRequest as error:
+            return error
 
 
 class Query(Generic[T]):
@@ -89,7 +119,9 @@ class Query(Generic[T]):
             ) from None
 
 
-def invalid_field(text: str, names: list[str], *, what: str = "field") -> InvalidField:
+def invalid_field(
+    text: str, names: list[str], *, what: str = "field", noun: str = "body"
+) -> InvalidField:
     """An InvalidField from msgspec's message: the path, what was expected, a near name."""
     path, message = "", text
     if found := _AT.search(text):
@@ -112,7 +144,7 @@ def invalid_field(text: str, names: list[str], *, what: str = "field") -> Invali
         return InvalidField(f"`{field}` is missing.", field=field)
     message = message[:1].lower() + message[1:]
     if not path:
-        return InvalidField(f"The body is wrong: {message}.", field="")
+        return InvalidField(f"The {noun} is wrong: {message}.", field="")
     return InvalidField(f"`{path}` is wrong: {message[:300]}.", field=path)
 
 

@@ -23,9 +23,11 @@ async def add(api: Api, exchange: Exchange, body: rq.AddRequest) -> Reply:
     return _added(api, exchange, answer, status=201)
 
 
-async def add_batch(api: Api, exchange: Exchange, body: rq.BatchAddRequest) -> Reply:
-    _check_batch("memories", len(body.memories), api.limits.batch_items_max, "batch_items_max")
-    answer = await api.service.add(exchange.caller, body.memories)
+async def add_batch(
+    api: Api, exchange: Exchange, items: list[rq.AddRequest | AgentMemError]
+) -> Reply:
+    _check_batch("memories", len(items), api.limits.batch_items_max, "batch_items_max")
+    answer = await api.service.add(exchange.caller, items)
     return _added(api, exchange, answer, status=200)
 
 

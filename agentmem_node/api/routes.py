@@ -36,7 +36,7 @@ from agentmem_cluster.errors import (
 from agentmem_node.api import memories, operations, shapes
 from agentmem_node.api.admission import Class
 from agentmem_node.api.context import Api
-from agentmem_node.api.decoding import Body, Query
+from agentmem_node.api.decoding import BatchAddBody, Body, Query
 from agentmem_node.api.exchange import Exchange
 from agentmem_node.api.reply import Reply
 from agentmem_node.model import requests as rq
@@ -64,7 +64,7 @@ class Route:
     tag: str
     handler: Handler
     kind: Class
-    body: Body[Any] | None = None
+    body: Body[Any] | BatchAddBody | None = None
     query: Query[Any]
     answer: type[msgspec.Struct] | None = None  # None: not JSON, see content_type
     content_type: str = "application/json"
@@ -86,7 +86,7 @@ def _route(
     kind: Class,
     summary: str,
     *,
-    body: type[msgspec.Struct] | None = None,
+    body: type[msgspec.Struct] | BatchAddBody | None = None,
     query: type[msgspec.Struct] = shapes.NoQuery,
     **more: Any,
 ) -> Route:
@@ -99,7 +99,7 @@ def _route(
         summary=summary,
         handler=handler,
         kind=kind,
-        body=None if body is None else Body(body),
+        body=Body(body) if isinstance(body, type) else body,
         query=Query(query),
         errors=errors if is_open else (*errors, *COMMON),
         **more,
@@ -107,10 +107,9 @@ def _route(
 
 
 _ONE_OF_MANY = (
-    "A bad item is refused alone, in its place of `results`, and the others take effect; a body "
-    "that is malformed changes nothing. A batch that spans shards is one write on each of them: "
-    "on an error, send it again with the same Idempotency-Key, and what took effect stays as it "
-    "is."
+    "A bad item is refused alone, in its place of `results`, and the others take effect. A batch "
+    "that spans shards is one write on each of them: on an error, send it again with the same "
+    "Idempotency-Key, and what took effect stays as it is."
 )
 _UNCHANGED = ((304, "If-None-Match names the current version."),)
 
@@ -156,7 +155,7 @@ ROUTES: tuple[Route, ...] = (
         "Add many memories",
         description=_ONE_OF_MANY,
         tag="memories",
-        body=rq.BatchAddRequest,
+        body=BatchAddBody(),
         answer=shapes.AddResults,
         errors=(*_WRITE, *_TEXT, Conflict),
         example={

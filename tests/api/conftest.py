@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from yarl import URL
 
-from agentmem_cluster.errors import Conflict, InvalidField, NotFound
+from agentmem_cluster.errors import AgentMemError, Conflict, InvalidField, NotFound
 from agentmem_node.api.server import HttpServer
 from agentmem_node.config import load
 from agentmem_node.model import requests as rq
@@ -58,10 +58,19 @@ class DictionaryService:
         raw = msgspec.Raw(msgspec.json.encode(memory))
         return rq.MemoryAnswer(memory=raw, version=memory.version, token=f"s01:{self._next}")
 
-    async def add(self, caller: Caller, items: list[rq.AddRequest]) -> rq.AddAnswer:
+    async def add(self, caller: Caller, items: list[rq.AddRequest | AgentMemError]) -> rq.AddAnswer:
         await self._called("add", caller, items)
         results = []
         for item in items:
+            if isinstance(item, AgentMemError):
+                if len(items) == 1:
+                    raise item
+                results.append(
+                    rq.AddedItem(
+                        event="ERROR", error=rq.ItemError(code=item.code, detail=item.message)
+                    )
+                )
+                continue
             if not item.content:
                 error = InvalidField("`content` is empty.", field="content")
                 if len(items) == 1:

@@ -72,6 +72,29 @@ def test_a_batch_answers_each_item_in_its_place(run: Run) -> None:
     run(scenario)
 
 
+def test_a_malformed_item_of_a_batch_is_refused_alone(run: Run) -> None:
+    async def scenario(node: Any) -> None:
+        good = {"content": "a", "user_id": "u"}
+        items = [good, {"contnt": "b"}, 5, good, {"content": "x", "importance": 7}, None]
+        answer = await node.post("/memories/batch", {"memories": items})
+        assert answer.status == 200
+        results = strictly(shapes.AddResults, answer.body).results
+        assert [item.event for item in results] == [
+            "ADD",
+            "ERROR",
+            "ERROR",
+            "ADD",
+            "ERROR",
+            "ERROR",
+        ]
+        assert "There is no field `contnt`" in results[1].error.detail
+        assert results[2].error.detail.startswith("The item is wrong: expected `object`")
+        only = await node.post("/memories/batch", {"memories": [{"contnt": "b"}]})
+        assert (only.status, only.json["code"]) == (400, "invalid_field")
+
+    run(scenario)
+
+
 def test_a_search_splices_the_score_into_the_stored_memory(run: Run) -> None:
     async def scenario(node: Any) -> None:
         await node.add("Ana drinks tea.", metadata={"score": "not this one", "quote": '"}'})
