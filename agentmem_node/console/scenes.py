@@ -16,7 +16,7 @@ def prepare_model(show: Show) -> None:
     """Fetch the embedding model before the clock runs. Raises the server's ModelUnavailable."""
     from agentmem_node.providers.model_files import ensure_model
 
-    with show.bar("embedding model", 100) as step:
+    with show.bar("embedding model fetched and checked", 100, unit="%") as step:
         ensure_model(lambda _what, share: step(round(share * 100), 100))
 
 
@@ -47,7 +47,7 @@ def play(demo: Demo, show: Show) -> int:
     for question, answer, is_right in demo.ask_questions(_QUESTIONS):
         show.answer(question.query, question.user_id, answer)
         if not is_right:
-            show.say("    (another memory was expected first)", "dim")
+            show.say("    (what was looked for is further down)", "dim")
     everyone = demo.client.search("tea", top_k=3)
     show.answer("tea", None, everyone)
 

@@ -16,6 +16,8 @@ import agentmem_client as client
 from agentmem_node.cli.output import table
 from agentmem_node.cli.status import ClusterState, render, render_plain
 
+_LOG_COLUMNS = 120
+
 Step = Callable[[int, int], None]
 """Called with (done, all)."""
 
@@ -24,7 +26,9 @@ class Show:
     """Prints to stdout."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        # A log has no width of its own: wide enough for a memory on a line or two.
+        width = None if sys.stdout.isatty() else _LOG_COLUMNS
+        self.console = console or Console(highlight=False, width=width)
         self.is_live = self.console.is_terminal
 
     def say(self, text: str = "", style: str = "") -> None:
@@ -44,7 +48,7 @@ class Show:
         self.say(f"  !!  {text}", "red bold")
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Step]:
+    def bar(self, title: str, total: int, unit: str = "") -> Iterator[Step]:
         """A progress bar that ends as one line with the time it took."""
         begun = time.monotonic()
         done_last = 0
@@ -65,7 +69,7 @@ class Show:
                 progress.update(task, completed=done, total=whole)
 
             yield step
-        self.good(f"{title}: {done_last} in {time.monotonic() - begun:.1f} s")
+        self.good(f"{title}: {done_last}{unit} in {time.monotonic() - begun:.1f} s")
 
     def answer(self, query: str, user: str | None, found: client.SearchResult) -> None:
         whose = f" ({user})" if user else ""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from agentmem_client import (
     AgentMemError,
@@ -24,7 +25,7 @@ from agentmem_client import (
 from agentmem_node.cli.devcluster import DevCluster
 from agentmem_node.samples import Question, conversations, questions
 
-BATCH = 50
+BATCH = 60
 # One of these is asked for by its exact words: it must be among so many results.
 FOUND_WITHIN = 10
 _VERIFY_TRIES = 3
@@ -38,6 +39,20 @@ NOTES_USER = "priya"
 
 Acknowledged = dict[str, tuple[str, str]]
 """Memory id -> (user, text)."""
+
+
+def spread(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same turns, the people taking turns: each batch then has work for every leader.
+
+    >>> [t["user_id"] for t in spread([{"user_id": u} for u in "aabbb"])]
+    ['a', 'b', 'a', 'b', 'b']
+    """
+    told: dict[str, int] = {}
+    order: list[tuple[int, int]] = []
+    for at, turn in enumerate(turns):
+        number = told[turn["user_id"]] = told.get(turn["user_id"], 0) + 1
+        order.append((number, at))
+    return [turns[at] for _, at in sorted(order)]
 
 
 @dataclass(slots=True)
@@ -97,7 +112,7 @@ class Demo:
 
     def load(self, progress: Callable[[int, int], None]) -> int:
         """Store the sample conversations; `progress` is told (done, all)."""
-        items = conversations()
+        items = spread(conversations())
         added = self.client.add_many(
             items, batch_size=BATCH, progress=lambda done, _part: progress(done, len(items))
         )
