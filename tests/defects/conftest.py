@@ -247,13 +247,15 @@ class OurMember:
 
     def tick(self, *, sync: bool = True) -> Ready | None:
         """Run until nothing is due; frames that may leave go to the queues."""
-        ready = None
-        for _ in range(100):
+        for _ in range(1_000):
             ready = self.core.tick()
             self.send()
-            if ready is None or not sync:
+            if not sync:
                 return ready
-            self.finish(ready)
+            if ready is not None:
+                self.finish(ready)
+            elif self.core.next_wakeup() > self.clock.now_s:
+                return None
         raise AssertionError("the core never rests")
 
     def finish(self, ready: Ready) -> None:
