@@ -1,4 +1,4 @@
-"""A real node's answers are of the documented types, field by field; and hostile input stays 4xx."""
+"""A real node answers with the documented types, field by field; hostile input stays 4xx."""
 
 from __future__ import annotations
 
