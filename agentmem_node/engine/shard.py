@@ -135,7 +135,11 @@ class Shard:
 
     def checkpoint(self) -> CheckpointJob | None:
         self._check()
-        job = self._store.env.begin_checkpoint()
+        try:
+            job = self._store.env.begin_checkpoint()
+        except BaseException as error:
+            self._failure = error
+            raise
         if job is not None:
             self._durable_next = self.applied_index
         return job

@@ -88,7 +88,6 @@ class Environment:
 
     def __init__(self, folder: Path, databases: Sequence[str], map_bytes: int) -> None:
         self.folder = folder
-        self.broken: BaseException | None = None
         # What the state row shall hold whenever a transaction is committed.
         self.state: Callable[[], bytes] = bytes
         self._job: CheckpointJob | None = None
@@ -192,7 +191,6 @@ class Environment:
             self.txn.commit()
             self.txn = self._env.begin(write=True)
         except lmdb.Error as error:
-            self.broken = error
             raise InternalError(
                 f"{self.folder / DATA_NAME} could not be written: {error}.",
                 hint="Free some disk space and start the node again; nothing acknowledged is lost.",
@@ -303,7 +301,7 @@ def _allocate(fd: int, start: int, end: int) -> None:
     try:
         os.posix_fallocate(fd, start, end - start)
     except OSError as error:
-        # A file system that cannot promise room; a failing commit is then met as `broken`.
+        # A file system that cannot promise room; a commit may then fail.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
             raise
 

@@ -216,7 +216,7 @@ class Store:
     def vectors(self, docs: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Shape (len(docs), dim); zeros where a memory has none."""
         get, db, pack, none = self.env.txn.get, self._vectors, U64.pack, self._no_vector
-        joined = bytearray().join([get(pack(doc), none, db=db) for doc in docs])
+        joined = bytearray().join([get(pack(doc), none, db) for doc in docs])
         return np.frombuffer(joined, dtype="<f4").reshape(len(docs), self.state.dim)
 
     def newest(self, scope: int, after: tuple[int, bytes] | None) -> Iterator[DocRow]:

@@ -349,7 +349,7 @@ def pages(shard: Shard, tenant: str, owner: str | None) -> Iterator[bytes]:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     commands=st.lists(writes, min_size=1, max_size=25),
