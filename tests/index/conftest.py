@@ -109,7 +109,19 @@ class MemorySource:
         return msgspec.to_builtins(self.docs[doc].memory)
 
 
-WORDS = ["tea", "teas", "garden", "river", "bees", "honey", "letter", "Oslo", "train", "July", "the"]
+WORDS = [
+    "tea",
+    "teas",
+    "garden",
+    "river",
+    "bees",
+    "honey",
+    "letter",
+    "Oslo",
+    "train",
+    "July",
+    "the",
+]
 texts = st.lists(st.sampled_from(WORDS), min_size=0, max_size=8).map(" ".join)
 vectors = st.lists(st.floats(-1, 1, width=32), min_size=DIM, max_size=DIM).map(unit)
 maybe_vectors = st.one_of(vectors, vectors, vectors, st.none())

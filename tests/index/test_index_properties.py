@@ -61,7 +61,7 @@ others = st.fixed_dictionaries(
         "metadata": st.sampled_from([{}, {"city": "Rome"}]),
     }
 )
-histories = st.lists(st.one_of(adds, adds, others), min_size=1, max_size=40)
+histories = st.lists(st.one_of(adds, adds, others), min_size=4, max_size=50)
 
 legs = st.sampled_from(
     [
@@ -113,9 +113,7 @@ class World:
 
     def step(self, op: dict[str, Any]) -> None:
         if op["kind"] == "add":
-            owner = Scope(
-                user_id=op["user_id"], agent_id=op["agent_id"], run_id=op["run_id"]
-            ).owner
+            owner = Scope(user_id=op["user_id"], agent_id=op["agent_id"], run_id=op["run_id"]).owner
             shard = sum(owner.encode()) % len(self.sources)
             self.added += 1
             change = self.sources[shard].add(
@@ -160,9 +158,7 @@ def over_shards(indexes: list[ShardIndex], query: SearchQuery) -> Fused:
     stats = merge_stats(
         [TextStats.from_wire(over_wire(ix.text_stats(query).to_wire())) for ix in indexes]
     )
-    parts = [
-        LegResults.from_wire(over_wire(ix.legs(query, stats).to_wire())) for ix in indexes
-    ]
+    parts = [LegResults.from_wire(over_wire(ix.legs(query, stats).to_wire())) for ix in indexes]
     defaults = indexes[0].defaults
     fused = fuse(query, active_legs(query, defaults), parts, defaults)
     for position, part, doc in fused.missing:
