@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentmem_chaos.sim.disk import SimDisk
 from agentmem_cluster.journal import format as fmt
 from agentmem_cluster.journal.format import HEADER_BYTES, MAGIC
-from agentmem_cluster.journal.group import GroupLog
 from agentmem_cluster.journal.journal import Journal, JournalCorrupt
 from agentmem_cluster.raft.api import Entry
 
@@ -91,7 +89,7 @@ def flush(journal: Journal) -> None:
         journal.flushed(job)
 
 
-def open_journal(disk: MemoryDisk | SimDisk) -> Journal:
+def open_journal(disk: MemoryDisk) -> Journal:
     return Journal.open(disk, segment_bytes=SEGMENT_BYTES)
 
 
@@ -302,85 +300,3 @@ def test_the_old_blocks_of_a_recycled_segment_mean_nothing() -> None:
         assert contents(open_journal(MemoryDisk(image))) == contents(journal)
     assert journal.stats().segments <= 5
     assert max(len(data) for data in disk.files.values()) == SEGMENT_BYTES
-
-
-# -- a whole life, with crashes ------------------------------------------------------------
-
-
-OPERATIONS = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["append"] * 6
-            + ["flush"] * 5
-            + ["truncate", "compact", "vote", "reclaim", "reclaim", "drop", "half flush"]
-            + ["kill", "power loss", "power loss"]
-        ),
-        st.integers(0, 2),
-        st.integers(0, 1000),
-    ),
-    min_size=5,
-    max_size=60,
-)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(OPERATIONS, st.integers(0, 1 << 30))
-def test_whatever_happens_what_was_synced_is_there_after_a_crash(
-    operations: list[tuple[str, int, int]], seed: int
-) -> None:
-    disk = SimDisk(random.Random(seed))
-    journal = open_journal(disk)
-    synced = contents(journal)
-    written: dict[tuple[str, int], tuple[object, ...]] | None = None
-    term = 1
-    for what, which, number in operations:
-        log = journal.group(f"s0{which}", 1)
-        if what == "append":
-            for _ in range(1 + number % 5):
-                log.append([Entry(log.last_index + 1, term, b"%d" % term * (number % 90))])
-        elif what == "truncate" and log.last_index > log.first_index:
-            span = log.last_index - log.first_index
-            log.truncate_from(log.last_index - number % span)
-            term += 1
-        elif what == "compact" and log.durable_index >= log.first_index:
-            span = log.durable_index - log.first_index + 1
-            log.compact_to(log.first_index + number % span)
-        elif what == "vote" and number >= log.term:
-            log.set_vote(number + 1, f"n{number}")
-        elif what == "reclaim":
-            journal.reclaim()
-        elif what == "drop" and number % 5 == 0:
-            journal.drop_group(log.id, 1)
-        elif what == "flush":
-            expected = contents(journal)
-            flush(journal)
-            synced = expected
-        elif what == "half flush" or what in ("kill", "power loss"):
-            expected = contents(journal)
-            job = journal.begin_flush()
-            written = expected if job is not None else None
-            if job is not None and number % 3 == 0 and what == "kill":
-                job.run()
-                synced = expected
-            if what == "power loss":
-                disk.power_loss()
-            else:
-                disk.kill()
-            journal = open_journal(disk)
-            found = contents(journal)
-            assert found in (synced, written)
-            assert all(
-                journal.group(*name).durable_index == journal.group(*name).last_index
-                for name in journal.groups()
-            )
-            synced = found  # recovery syncs what it read
-    check_logs(journal)
-
-
-def check_logs(journal: Journal) -> None:
-    for name in journal.groups():
-        log: GroupLog = journal.group(*name)
-        kept = log.slice(log.first_index, log.last_index, 1 << 30)
-        assert [e.index for e in kept] == list(range(log.first_index, log.last_index + 1))
-        assert [log.term_at(e.index) for e in kept] == [e.term for e in kept]
-        assert all(log.command_at(e.index) == e for e in kept)
