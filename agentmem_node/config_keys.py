@@ -10,6 +10,7 @@ import ipaddress
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
@@ -387,6 +388,7 @@ def split_address(address: str, name: str = "address") -> tuple[str, int]:
     return host, int(port)
 
 
+@lru_cache(maxsize=64)  # asked for each request, always of the same address
 def is_loopback(address: str) -> bool:
     """Whether only this machine can reach `HOST:PORT`. Names but `localhost` count as reachable."""
     host, _ = split_address(address)
