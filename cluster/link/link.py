@@ -77,7 +77,8 @@ class Link:
         self._dialing: dict[str, asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
         self._started = False
-        self._refusals: dict[str, str] = {}
+        self._refusals: dict[str, str] = {}  # what was logged last of a peer that is not up
+        self._failed_greetings: dict[str, str] = {}
         self._traffic: dict[str, tuple[int, int]] = {}  # of connections that ended
         self._set_peers(peers)
 
@@ -226,7 +227,7 @@ class Link:
             await asyncio.shield(connection.closed)
         finally:
             connection.abort("this node no longer dials it")
-        return "" if connection.peer is not None else self._refusals.get(f"{peer} says", "refused")
+        return "" if connection.peer is not None else self._failed_greetings.get(peer, "it refused")
 
     # -- what connections ask -----------------------------------------------------------
 
@@ -295,10 +296,10 @@ class Link:
         self._strangers.discard(connection)
         peer = connection.peer
         if peer is None:
-            who = connection.expected or "a stranger"
             if connection.expected is not None:
-                self._refusals[f"{connection.expected} says"] = reason
-            log.warning("link: %s was not connected: %s", who, reason)
+                self._failed_greetings[connection.expected] = reason
+            else:
+                log.info("link: a connection was not accepted: %s", reason)
             return
         sent, received = self._traffic.get(peer, (0, 0))
         self._traffic[peer] = (sent + connection.sent_bytes, received + connection.received_bytes)
