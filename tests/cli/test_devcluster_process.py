@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import agentmem_client as client
 import pytest
+
+import agentmem_client as client
 from agentmem_node.cli.devcluster import DevCluster
 from agentmem_node.cli.devlayout import HOST, DevClusterError, free_port
 from agentmem_node.cli.exits import Exit
