@@ -9,7 +9,7 @@ a memory twice, or removing one that is not there, makes no difference.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
@@ -28,7 +28,15 @@ _AT_ONCE_DOCS: Final = 128
 
 
 class Blocks:
-    def __init__(self, source: Source, dim: int, defaults: RankingDefaults, bytes_max: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        dim: int,
+        defaults: RankingDefaults,
+        bytes_max: int,
+        on_evict: Callable[[Block], None],
+    ) -> None:
+        self._on_evict = on_evict
         self._source = source
         self._dim = dim
         self._defaults = defaults
@@ -128,7 +136,9 @@ class Blocks:
             key = next(iter(self._ready))
             if key == newest:
                 return
-            total -= self._ready.pop(key).bytes_used()
+            block = self._ready.pop(key)
+            total -= block.bytes_used()
+            self._on_evict(block)
             self._of_tenant[key[0]].discard(key)
             self.evicted += 1
 

@@ -48,8 +48,9 @@ class RankingDefaults:
     recency_half_life_ms: int = 30 * 86_400_000
     """Age at which the recency leg says 0.5."""
 
-    rrf_k: int = 60
-    """Reciprocal rank fusion: weight / (rrf_k + rank), as in Cormack et al., SIGIR 2009."""
+    rrf_k: int = 20
+    """Reciprocal rank fusion: weight / (rrf_k + rank) (Cormack et al., SIGIR 2009, with 60; their
+    lists were long and many, ours are two)."""
 
     rank_window: int = 200
     """Ranks are known this far: a memory beyond it in a leg has no rank there (RRF, explain)."""

@@ -26,6 +26,7 @@ from agentmem_node.index.selection import Scored
 from agentmem_node.index.source import Change, Source
 from agentmem_node.index.text_engine import TextEngine
 from agentmem_node.index.text_legs import TextQuery, fuzzy_scores, phrase_scores
+from agentmem_node.index.text_space import TextSpaces
 from agentmem_node.index.vectors import QueryVector
 from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import LegName, SearchQuery
@@ -74,9 +75,13 @@ class ShardIndex:
         self.shard_id = shard_id
         self.defaults = defaults or RankingDefaults()
         self._source = source
-        self._text = text_engine
+        self._texts = TextSpaces(text_engine, source.memory)
         self._blocks = Blocks(
-            source, source.dim if dim is None else dim, self.defaults, blocks_bytes_max
+            source,
+            source.dim if dim is None else dim,
+            self.defaults,
+            blocks_bytes_max,
+            self._texts.drop,
         )
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -85,20 +90,30 @@ class ShardIndex:
 
     def needs_build(self, query: SearchQuery) -> bool:
         """Whether a search would first spend noticeable time on reading memories in."""
-        return self._blocks.needs_build(_key(query))
+        key = _key(query)
+        if self._blocks.needs_build(key):
+            return True
+        return self._seeks_text(query) and self._texts.needs_fill(self._blocks.get(key))
 
     def build_steps(self, query: SearchQuery) -> Iterator[None]:
         """Do that in steps of a few milliseconds; entries may be applied between them."""
-        return self._blocks.build_steps(_key(query))
+        key = _key(query)
+        yield from self._blocks.build_steps(key)
+        if self._seeks_text(query):
+            yield from self._texts.fill_steps(self._blocks.get(key))
+
+    def _seeks_text(self, query: SearchQuery) -> bool:
+        return any(name in ("phrase", "fuzzy") for name, _ in active_legs(query, self.defaults))
 
     def stats(self) -> dict[str, int]:
-        """Figures for operators."""
+        """Figures for operators; those of the text engine are the node's."""
+        engine = self._texts.engine
         return {
             "blocks": len(self._blocks),
             "bytes": self._blocks.bytes_used,
             "blocks_evicted": self._blocks.evicted,
-            "text_documents": 0 if self._text is None else self._text.documents,
-            "text_tail": 0 if self._text is None else self._text.pending,
+            "text_documents": 0 if engine is None else engine.documents,
+            "text_tail": 0 if engine is None else engine.pending,
         }
 
     def close(self) -> None:
@@ -203,8 +218,9 @@ class ShardIndex:
                 leg = scoring.importance_scores(block)
             else:
                 text = TextQuery.of(query.text or "", analyzer(query.language))
+                self._texts.fill(block)
                 score = phrase_scores if name == "phrase" else fuzzy_scores
-                leg = score(block, text, self._text, mask, read)
+                leg = score(block, text, self._texts.engine, mask, read)
                 known = leg > 0
             scores.append(leg)
             members.append(known)

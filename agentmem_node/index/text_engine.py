@@ -27,6 +27,9 @@ _COMMIT_WAIT_S: Final = 0.05  # between a write and its commit: others join it
 # Proposals of one search: the newest memories of a shard that may match.
 CANDIDATES_MAX: Final = 2_000
 
+# Documents that a search may look at itself without being noticeably slower.
+_TAIL_GOOD: Final = 200
+
 _ADD: Final = 0
 _REMOVE: Final = 1
 _DROP: Final = 2
@@ -108,6 +111,7 @@ class TextEngine:
         self._written += 1
         tail = self._tails.get(write.space)
         if tail is not None:
+            tail.pop(write.doc, None)  # so that the order of the dictionary is that of the writes
             tail[write.doc] = self._written
         with self._lock:
             self._queue.append(write)
@@ -127,13 +131,23 @@ class TextEngine:
 
     def tail(self, space: int) -> list[int]:
         """Docs of a space written since the last commit: a search must look at them itself."""
+        self._cut_tail(space)
+        return list(self._tails[space])
+
+    def is_settled(self, space: int) -> bool:
+        """Whether the tail is as short as a search likes it, or will not get shorter."""
+        self._cut_tail(space)
+        return len(self._tails[space]) <= _TAIL_GOOD or self._failure is not None
+
+    def _cut_tail(self, space: int) -> None:
         with self._lock:
             committed = self._committed
         tail = self._tails[space]
-        if tail and min(tail.values()) <= committed:
-            tail = {doc: number for doc, number in tail.items() if number > committed}
-            self._tails[space] = tail
-        return list(tail)
+        while tail:
+            doc, number = next(iter(tail.items()))
+            if number > committed:
+                return
+            del tail[doc]
 
     def with_phrases(self, space: int, phrases: Sequence[Sequence[str]]) -> list[int]:
         """Committed docs that have at least one of the phrases (of one word or more)."""
@@ -162,6 +176,7 @@ class TextEngine:
     def _search(self, space: int, either: Sequence[Any]) -> list[int]:
         if not either:
             return []
+        self._cut_tail(space)
         # Docs in the tail may be found in an old version, and are looked at anyway.
         limit = CANDIDATES_MAX + len(self._tails[space])
         query = tantivy.Query.boolean_query(
@@ -205,13 +220,14 @@ class TextEngine:
                 error,
             )
 
-    @staticmethod
-    def _perform(writer: Any, write: _Write) -> None:
+    def _perform(self, writer: Any, write: _Write) -> None:
         if write.kind == _DROP:
-            writer.delete_documents("space", write.space)
+            writer.delete_documents_by_query(
+                tantivy.Query.term_query(self._schema, "space", write.space)
+            )
             return
         key = f"{write.space}:{write.doc}"
-        writer.delete_documents("key", key)
+        writer.delete_documents_by_term("key", key)
         if write.kind == _ADD:
             document = tantivy.Document()
             document.add_text("key", key)
