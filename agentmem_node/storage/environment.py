@@ -25,8 +25,8 @@ loop; with syncs left out, it may open a meta page whose pages never arrived.
 
 **Full disk.** Room in the file is allocated before a change begins (`reserve`), so that a commit
 does not meet ENOSPC half-way: `reserve` raises DiskFull and nothing has changed. Should a commit
-fail all the same (a file system that allocates on overwriting), the environment is `broken`:
-the process must stop, and the next start is at the checkpoint.
+fail all the same (a file system that allocates on overwriting), its transaction is lost and the
+environment is of no more use: the process must stop, and the next start is at the checkpoint.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_a_data_file_of_another_shard_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_with_another_dimension_is_refused(tmp_path: Path) -> None:
     Store.open(tmp_path / "s00", dim=384, map_bytes=MAP_BYTES).env.close()
-    with pytest.raises(StorageDamaged, match="vectors of 384 values, but .* has 768"):
+    with pytest.raises(StorageDamaged, match=r"vectors of 384 values, but .* has 768"):
         Store.open(tmp_path / "s00", dim=768, map_bytes=MAP_BYTES)
 
 
