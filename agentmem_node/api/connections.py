@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.web_request import BaseRequest
@@ -90,6 +90,6 @@ class Connections(web.Server):
 
 class _Refused(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(_REFUSAL % (len(_REFUSAL_BODY), _REFUSAL_BODY))
-        transport.close()
+        writable = cast("asyncio.WriteTransport", transport)
+        writable.write(_REFUSAL % (len(_REFUSAL_BODY), _REFUSAL_BODY))
+        writable.close()

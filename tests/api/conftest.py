@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+import uvloop
 from yarl import URL
 
 from agentmem_cluster.errors import AgentMemError, Conflict, InvalidField, NotFound
@@ -290,6 +291,6 @@ def run() -> Callable[..., None]:
                 finally:
                     await server.stop(grace_s=2)
 
-        asyncio.run(main())
+        uvloop.run(main())  # the loop that nodes run on
 
     return run
