@@ -1,7 +1,8 @@
-"""`agentmem cluster dev` and `agentmem cluster status`."""
+"""`agentmem cluster dev`, `certs` and `status`."""
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -24,6 +25,8 @@ from agentmem_node.cli.status import ask, render
 
 _WATCH_S = 1.0
 _CRASH_POLL_S = 0.2
+# As agentmem_node.config_keys.NodeId has it.
+_NODE_ID = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
 
 
 @click.group(cls=SuggestingGroup, short_help="Start a cluster on this machine; show its state.")
@@ -91,6 +94,49 @@ def dev(nodes: int, data: Path, port: int, assignments: tuple[str, ...]) -> int:
         if killed:
             click.echo(f"killed, for they did not stop in time: {', '.join(killed)}", err=True)
     return code
+
+
+@cluster.command()
+@click.option("--nodes", required=True, metavar="N1,N2,...", help="Ids of the nodes.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("certs"),
+    show_default=True,
+    metavar="DIR",
+)
+@click.option("--name", default="agentmem", show_default=True, help="`cluster.name` of the nodes.")
+def certs(nodes: str, out: Path, name: str) -> None:
+    """Make an authority and a certificate for each node, for the links between nodes.
+
+    Give each node ca.crt and its own two files, and nobody ca.key: whoever has it can make nodes.
+    Run again with more ids, it adds what is missing. Your own authority does as well: a node's
+    certificate needs the URI agentmem://NAME/NODE as a subject alternative name.
+
+    \b
+    agentmem cluster certs --nodes n1,n2,n3 --out ./certs
+    """
+    from agentmem_cluster.link.ca import create_ca, issue
+
+    ids = [part.strip() for part in nodes.split(",") if part.strip()]
+    wrong = [one for one in ids if not re.fullmatch(_NODE_ID, one)]
+    if wrong or not ids:
+        raise click.UsageError(
+            f"--nodes takes ids like n1,n2,n3, not {(wrong or [nodes])[0]!r}: small letters, "
+            "digits and dashes."
+        )
+    try:
+        create_ca(out, name)
+        for one in ids:
+            issue(out, one)
+    except OSError as error:
+        raise CommandFailed(f"Cannot write to {out}: {error.strerror}.") from error
+    for one in ids:
+        click.echo(f"# node {one}, in its node.toml")
+        click.echo(
+            f'[cluster]\nname = "{name}"\nca_cert = "{out / "ca.crt"}"\n'
+            f'cert = "{out / one}.crt"\nkey = "{out / one}.key"\n'
+        )
 
 
 def _wait_ready(made: DevCluster, stop: threading.Event) -> None:

@@ -76,6 +76,9 @@ def run(arguments: Sequence[str]) -> int:
     """The exit code of `agentmem ARGUMENTS`."""
     from agentmem_node.cli.exits import CommandFailed, Exit
 
+    # The runtime of the embedding model reports to its maker as soon as it is imported, unless
+    # this is set. What agents remember is nobody else's business.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         outcome: Any = cli.main(list(arguments), prog_name="agentmem", standalone_mode=False)
         return outcome if isinstance(outcome, int) else Exit.OK

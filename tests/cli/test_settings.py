@@ -88,6 +88,23 @@ def test_a_new_key_is_shown_once_with_a_line_that_lets_it_in(agentmem: Any, tmp_
     assert agentmem("key", "new", "--tenant", "no/such/tenant").code == Exit.USAGE
 
 
+def test_certificates_are_made_for_every_node_and_missing_ones_are_added(
+    agentmem: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "certs"
+    made = agentmem("cluster", "certs", "--nodes", "n1, n2", "--out", str(out), "--name", "prod")
+    assert made.code == Exit.OK
+    before = (out / "n1.crt").read_bytes()
+    assert agentmem("cluster", "certs", "--nodes", "n1,n3", "--out", str(out)).code == Exit.OK
+    assert (out / "n1.crt").read_bytes() == before
+    assert (out / "n3.key").stat().st_mode & 0o077 == 0
+    path = tmp_path / "node.toml"
+    path.write_text(made.out.split("# node n2")[0])
+    config = load(path, environment={}).config
+    assert (config.cluster.name, config.cluster.cert) == ("prod", str(out / "n1.crt"))
+    assert agentmem("cluster", "certs", "--nodes", "N1", "--out", str(out)).code == Exit.USAGE
+
+
 def test_versions_are_told(agentmem: Any) -> None:
     assert re.match(r"\d+\.\d+", agentmem("version").json["python"])
     assert "pysyncobj" in agentmem("version", terminal=True).out
