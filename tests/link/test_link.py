@@ -7,13 +7,14 @@ import ssl
 import stat
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
+import uvloop
 
 from agentmem_cluster.errors import (
     BadRequest,
@@ -39,6 +40,16 @@ QUICK = LinkLimits(
     ping_s=0.15,
     reconnect_s_max=0.2,
 )
+
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Both loops: they differ in how they close, and in what they tell of TLS."""
+    loop: Run = request.param
+    return loop
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +106,7 @@ async def pair(folder: Path, limits: LinkLimits = QUICK) -> AsyncIterator[tuple[
 # -- frames and calls -----------------------------------------------------------------------
 
 
-def test_frames_arrive_whole_in_order_and_together(folder: Path) -> None:
+def test_frames_arrive_whole_in_order_and_together(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
             got: list[Any] = []
@@ -114,10 +125,10 @@ def test_frames_arrive_whole_in_order_and_together(folder: Path) -> None:
             assert set(batches) == {"n1"}
             assert len(batches) < 100, "frames of one turn are delivered together"
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_call_is_answered_both_ways(folder: Path) -> None:
+def test_a_call_is_answered_both_ways(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
 
@@ -130,7 +141,7 @@ def test_a_call_is_answered_both_ways(folder: Path) -> None:
             assert await a.call("n2", "echo", body, timeout=5) == ["n1", body]
             assert await b.call("n1", "echo", body, timeout=5) == ["n2", body]
 
-    asyncio.run(story())
+    run(story())
 
 
 @pytest.mark.parametrize(
@@ -145,7 +156,7 @@ def test_a_call_is_answered_both_ways(folder: Path) -> None:
         BadRequest("wrong", message_of_other="x"),
     ],
 )
-def test_an_error_of_the_peer_is_raised_here_as_it_was(folder: Path, error: Any) -> None:
+def test_an_error_of_the_peer_is_raised_here_as_it_was(run: Run, folder: Path, error: Any) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
 
@@ -162,10 +173,10 @@ def test_an_error_of_the_peer_is_raised_here_as_it_was(folder: Path, error: Any)
             if isinstance(error, NotLeader):
                 assert raised.value.leader == error.leader
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_bug_in_a_handler_is_an_internal_error_without_its_text(folder: Path) -> None:
+def test_a_bug_in_a_handler_is_an_internal_error_without_its_text(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
 
@@ -187,10 +198,12 @@ def test_a_bug_in_a_handler_is_an_internal_error_without_its_text(folder: Path) 
                 await a.call("n2", "fail", {"x": b"x" * (2 << 20)}, timeout=5)
             assert a.is_up("n2")
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_call_past_its_deadline_raises_and_is_cancelled_at_the_peer(folder: Path) -> None:
+def test_a_call_past_its_deadline_raises_and_is_cancelled_at_the_peer(
+    run: Run, folder: Path
+) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
             cancelled = asyncio.Event()
@@ -209,10 +222,10 @@ def test_a_call_past_its_deadline_raises_and_is_cancelled_at_the_peer(folder: Pa
             assert time.monotonic() - began < 1
             await asyncio.wait_for(cancelled.wait(), 2)
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_caller_that_gives_up_stops_the_work_at_the_peer(folder: Path) -> None:
+def test_a_caller_that_gives_up_stops_the_work_at_the_peer(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
             begun, cancelled = asyncio.Event(), asyncio.Event()
@@ -231,10 +244,10 @@ def test_a_caller_that_gives_up_stops_the_work_at_the_peer(folder: Path) -> None
             call.cancel()
             await asyncio.wait_for(cancelled.wait(), 2)
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_more_calls_than_the_cap_are_refused_and_the_rest_answered(folder: Path) -> None:
+def test_more_calls_than_the_cap_are_refused_and_the_rest_answered(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
             release = asyncio.Event()
@@ -251,10 +264,10 @@ def test_more_calls_than_the_cap_are_refused_and_the_rest_answered(folder: Path)
             assert results.count("done") == 8
             assert sum(isinstance(result, Overloaded) for result in results) == 4
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_calls_fail_at_once_when_the_peer_goes(folder: Path) -> None:
+def test_calls_fail_at_once_when_the_peer_goes(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
             begun = asyncio.Event()
@@ -273,13 +286,13 @@ def test_calls_fail_at_once_when_the_peer_goes(folder: Path) -> None:
                 await a.call("n2", "hang", {}, timeout=30)
             assert not a.send_raft("n2", [[1]])
 
-    asyncio.run(story())
+    run(story())
 
 
 # -- up and down -----------------------------------------------------------------------------
 
 
-def test_sessions_grow_and_both_sides_agree_on_them(folder: Path) -> None:
+def test_sessions_grow_and_both_sides_agree_on_them(run: Run, folder: Path) -> None:
     async def story() -> None:
         a, b = make(folder, "n1"), make(folder, "n2")
         at_a: list[int] = []
@@ -303,10 +316,10 @@ def test_sessions_grow_and_both_sides_agree_on_them(folder: Path) -> None:
         assert at_a[:3] == at_b[:3] == sorted(set(at_a[:3]))
         assert order == ["up", "down"] * (len(order) // 2)
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_restarted_peer_is_found_again_at_a_higher_session(folder: Path) -> None:
+def test_a_restarted_peer_is_found_again_at_a_higher_session(run: Run, folder: Path) -> None:
     async def story() -> None:
         a, b = make(folder, "n1"), make(folder, "n2")
         sessions: list[int] = []
@@ -325,10 +338,10 @@ def test_a_restarted_peer_is_found_again_at_a_higher_session(folder: Path) -> No
         await a.close()
         await b.close()
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_peer_that_falls_silent_is_noticed(folder: Path) -> None:
+def test_a_peer_that_falls_silent_is_noticed(run: Run, folder: Path) -> None:
     """A cut cable: TCP says nothing. A relay stands in for it, and stops relaying."""
 
     async def story() -> None:
@@ -361,10 +374,10 @@ def test_a_peer_that_falls_silent_is_noticed(folder: Path) -> None:
         await b.close()
         server.close()
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_peer_that_does_not_read_costs_bounded_memory(folder: Path) -> None:
+def test_a_peer_that_does_not_read_costs_bounded_memory(run: Run, folder: Path) -> None:
     async def story() -> None:
         limits = LinkLimits(buffer_bytes_max=1 << 20, silence_s_max=30, ping_s=10)
         async with pair(folder, limits) as (a, b):
@@ -379,10 +392,10 @@ def test_a_peer_that_does_not_read_costs_bounded_memory(folder: Path) -> None:
                 await a.call("n2", "any", {}, timeout=1)
             assert a.stats()[0].queued_bytes < 2 << 20
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_removed_peer_is_disconnected_and_not_let_in_again(folder: Path) -> None:
+def test_a_removed_peer_is_disconnected_and_not_let_in_again(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
             b.set_peers({})
@@ -390,10 +403,10 @@ def test_a_removed_peer_is_disconnected_and_not_let_in_again(folder: Path) -> No
             await asyncio.sleep(0.3)
             assert not a.is_up("n2") and not b.peers_up()
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_statistics_name_every_peer(folder: Path) -> None:
+def test_statistics_name_every_peer(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
             a.send_raft("n2", [[b"x" * 1000]])
@@ -406,7 +419,7 @@ def test_statistics_name_every_peer(folder: Path) -> None:
             (stats,) = a.stats()
             assert not stats.connected and stats.sent_bytes > 1000
 
-    asyncio.run(story())
+    run(story())
 
 
 # -- strangers --------------------------------------------------------------------------------
@@ -435,7 +448,7 @@ def test_a_certificate_of_another_node_or_cluster_is_not_loaded(folder: Path) ->
         Link("n2", ("127.0.0.1", 0), {}, tls, RealClock(), cluster_id="c1")
 
 
-def test_nodes_of_another_cluster_stay_apart(folder: Path) -> None:
+def test_nodes_of_another_cluster_stay_apart(run: Run, folder: Path) -> None:
     async def story() -> None:
         a, b = make(folder, "n1", cluster_id="c1"), make(folder, "n2", cluster_id="c2")
         await connect(a, b)
@@ -444,10 +457,10 @@ def test_nodes_of_another_cluster_stay_apart(folder: Path) -> None:
         await a.close()
         await b.close()
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_node_of_another_authority_is_refused(folder: Path, strangers: Path) -> None:
+def test_a_node_of_another_authority_is_refused(run: Run, folder: Path, strangers: Path) -> None:
     async def story() -> None:
         a, b = make(strangers, "n1"), make(folder, "n2")
         await connect(a, b)
@@ -456,10 +469,10 @@ def test_a_node_of_another_authority_is_refused(folder: Path, strangers: Path) -
         await a.close()
         await b.close()
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_the_node_that_answers_must_be_the_one_that_was_dialled(folder: Path) -> None:
+def test_the_node_that_answers_must_be_the_one_that_was_dialled(run: Run, folder: Path) -> None:
     async def story() -> None:
         a, c = make(folder, "n1"), make(folder, "n3")
         await a.start()
@@ -471,7 +484,7 @@ def test_the_node_that_answers_must_be_the_one_that_was_dialled(folder: Path) ->
         await a.close()
         await c.close()
 
-    asyncio.run(story())
+    run(story())
 
 
 def framed(value: Any) -> bytes:
@@ -514,7 +527,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))
-def test_hostile_bytes_cost_the_connection_and_nothing_else(folder: Path, name: str) -> None:
+def test_hostile_bytes_cost_the_connection_and_nothing_else(
+    run: Run, folder: Path, name: str
+) -> None:
     async def story() -> None:
         b = make(folder, "n2")
         await b.start()
@@ -540,10 +555,10 @@ def test_hostile_bytes_cost_the_connection_and_nothing_else(folder: Path, name: 
         await a.close()
         await b.close()
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_stranger_without_tls_or_certificate_gets_nothing(folder: Path) -> None:
+def test_a_stranger_without_tls_or_certificate_gets_nothing(run: Run, folder: Path) -> None:
     async def story() -> None:
         b = make(folder, "n2")
         await b.start()
@@ -563,6 +578,10 @@ def test_a_stranger_without_tls_or_certificate_gets_nothing(folder: Path) -> Non
                 got = b""
             assert b"c1" not in got
             writer.transport.abort()
+        old = LinkTls.load_folder(folder, "north", "n1").client
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.open_connection("127.0.0.1", b.port, ssl=old, server_hostname="")
         silent = await asyncio.open_connection("127.0.0.1", b.port)  # never even shakes hands
         async with asyncio.timeout(5):
             assert await silent[0].read(100) == b""
@@ -570,10 +589,10 @@ def test_a_stranger_without_tls_or_certificate_gets_nothing(folder: Path) -> Non
         assert not b.peers_up()
         await b.close()
 
-    asyncio.run(story())
+    run(story())
 
 
-def test_a_bug_that_frames_trigger_costs_the_connection_only(folder: Path) -> None:
+def test_a_bug_that_frames_trigger_costs_the_connection_only(run: Run, folder: Path) -> None:
     async def story() -> None:
         async with pair(folder) as (a, b):
 
@@ -586,4 +605,4 @@ def test_a_bug_that_frames_trigger_costs_the_connection_only(folder: Path) -> No
             b.on_raft = lambda _peer, _frames: None
             await until(lambda: a.is_up("n2"))
 
-    asyncio.run(story())
+    run(story())
