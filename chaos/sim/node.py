@@ -21,7 +21,7 @@ from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
 from agentmem_chaos.sim.story import Story
 from agentmem_cluster.errors import AgentMemError, Unavailable
 from agentmem_cluster.journal.journal import Journal
-from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, Role
+from agentmem_cluster.raft.api import Applied, Entry, GroupSpec
 from agentmem_cluster.raft.core import NodeCore, Ready
 from agentmem_cluster.raft.frames import BOOT_BYTES
 from agentmem_cluster.raft.settings import RaftSettings
@@ -85,7 +85,7 @@ class SimNode:
         self._turn_planned = False
         self._timer = 0
         self._flushing = False
-        self._shown: dict[str, tuple[Role, int]] = {}
+        self._shown: dict[str, tuple[bool, str | None]] = {}
 
     # -- life and death --
 
@@ -289,13 +289,16 @@ class SimNode:
         if self.core is None:
             return
         for group in self.groups:
-            status = self.core.status(group)
-            shown = (status.role, status.term)
-            if self._shown.get(group) != shown:
-                self._shown[group] = shown
-                if status.role is Role.LEADER:
-                    self._judge.leads(self.name, group, status.term)
-                self.tell(f"is {status.role.value} of {group} in term {status.term}")
+            shown = (self.core.is_leader(group), self.core.leader(group))
+            if self._shown.get(group) == shown:
+                continue
+            self._shown[group] = shown
+            term = self.core.status(group).term
+            if shown[0]:
+                self._judge.leads(self.name, group, term)
+                self.tell(f"is leader of {group} in term {term}")
+            else:
+                self.tell(f"follows {shown[1] or 'nobody'} in {group} in term {term}")
 
     # -- what the network calls --
 

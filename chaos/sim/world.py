@@ -12,7 +12,7 @@ from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.result import WorldResult
 from agentmem_chaos.sim.schedule import Schedule, stream
 from agentmem_chaos.sim.story import Story
-from agentmem_cluster.raft.api import Applied, GroupSpec
+from agentmem_cluster.raft.api import Applied, GroupSpec, Role
 
 # Of the second phase: when a write must have succeeded, and when clients stop.
 WRITE_WITHIN_S = 9.0
@@ -53,6 +53,7 @@ class World:
         self.calls: list[Call] = []
         self.clients = [self._client(number) for number in range(plan.clients)]
         self._next_audit_s = 0.0
+        self.left_behind = 0
 
     def _client(self, number: int) -> SimClient:
         return SimClient(
@@ -104,12 +105,13 @@ class World:
             return
         self._converged()
         if not self.judge.violations:
-            ledgers = {
-                group.id: self.nodes[group.members[0]].machines[group.id].ledger()
-                for group in plan.groups
-            }
+            ledgers = {group.id: self._ledger(group) for group in plan.groups}
             operations = self.judge.history(self.calls, ledgers, self.schedule.now_s)
             self.judge.linearizable(operations)
+
+    def _ledger(self, group: GroupSpec) -> dict[str, tuple[bool, int | None]]:
+        machines = [self.nodes[name].machines[group.id] for name in group.members]
+        return max(machines, key=lambda machine: machine.applied_index).ledger()
 
     def _written_since(self, group: GroupSpec, since_s: float) -> bool:
         return any(
@@ -140,16 +142,37 @@ class World:
                 if not node.alive:
                     self.judge.accuse("liveness", f"{name} is down at the end")
                     return
-                machine = node.machines[group.id]
-                ends[name] = (machine.applied_index, machine.digest())
-            if len(set(ends.values())) != 1:
+                if not self._was_left_behind(group, node):
+                    machine = node.machines[group.id]
+                    ends[name] = (machine.applied_index, machine.digest())
+            if len(set(ends.values())) != 1 or 2 * len(ends) <= len(group.members):
                 self.judge.accuse("liveness", f"{group.id} did not meet\n{self._statuses()}")
                 return
         self._final_reads()
 
+    def _was_left_behind(self, group: GroupSpec, node: SimNode) -> bool:
+        """Whether no log has what this replica lacks: then only a new epoch could bring it back.
+
+        Its word is not taken for it: every log that is at the end must really begin later.
+        """
+        if node.core is None or not node.core.needs_reseed(group.id):
+            return False
+        own = node.core.status(group.id)
+        others = [self.nodes[name].core for name in group.members if name != node.name]
+        ahead = [core.status(group.id) for core in others if core is not None]
+        behind = all(s.first_index > own.last_index + 1 for s in ahead if s.role is Role.LEADER)
+        if behind:
+            self.left_behind += 1
+        return behind
+
     def _final_reads(self) -> None:
         """A linearizable read on every replica of every group answers, if asked now and then."""
-        missing = {(g.id, name) for g in self.plan.groups for name in g.members}
+        missing = {
+            (group.id, name)
+            for group in self.plan.groups
+            for name in group.members
+            if not self._was_left_behind(group, self.nodes[name])
+        }
         until_s = self.schedule.now_s + FINAL_READS_S
 
         def answer(where: tuple[str, str], outcome: object) -> None:
@@ -213,6 +236,7 @@ class World:
             acknowledged=sum(call.kind is not Kind.READ for call in answered),
             reads=sum(call.kind is Kind.READ for call in answered),
             faults=self.nemesis.faults,
+            left_behind=self.left_behind,
             elections=self.judge.elections,
             events=self.schedule.events,
             bursts=self.net.bursts,
