@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -39,6 +40,8 @@ from agentmem_client.topology import Topology
 
 T = TypeVar("T")
 
+_CLOSE_S_MAX = 5.0
+
 
 class Client:
     """Talks to a cluster: `with Client("http://127.0.0.1:7700") as memory: ...`.
@@ -60,7 +63,7 @@ class Client:
         )
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._end: Callable[[], object] | None = None
         self._closed = False
 
     def __enter__(self) -> Client:
@@ -78,14 +81,10 @@ class Client:
         """Close the connections and end the thread. Calls under way in other threads fail."""
         with self._lock:
             self._closed = True
-            loop, thread = self._loop, self._thread
-            self._loop = self._thread = None
-        if loop is None or thread is None:
-            return
-        asyncio.run_coroutine_threadsafe(_end(self._client), loop).result(timeout=5.0)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=5.0)
-        loop.close()
+            self._loop = None
+            end = self._end
+        if end is not None:
+            end()
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -93,10 +92,12 @@ class Client:
                 raise ClientClosed("This client was closed.")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._loop.run_forever, name="agentmem-client", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                # Runs once: by `close`, when a forgotten client is collected, or at exit.
+                self._end = weakref.finalize(self, _end_thread, self._client, self._loop, thread)
             return self._loop
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -209,7 +210,20 @@ class Client:
         return self._wait(self._client.health(url, deadline_s=deadline_s))
 
 
-async def _end(client: AsyncClient) -> None:
+def _end_thread(
+    client: AsyncClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread
+) -> None:
+    if threading.current_thread() is thread:
+        # The collector ran here, of all places: nobody may wait for this thread.
+        loop.create_task(_cancel_all(client)).add_done_callback(lambda _: loop.stop())
+        return
+    asyncio.run_coroutine_threadsafe(_cancel_all(client), loop).result(timeout=_CLOSE_S_MAX)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(timeout=_CLOSE_S_MAX)
+    loop.close()
+
+
+async def _cancel_all(client: AsyncClient) -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

@@ -127,6 +127,12 @@ def certs(nodes: str, out: Path, name: str) -> None:
         )
     try:
         create_ca(out, name)
+        found = _cluster_of(out / "ca.crt")
+        if found != name:
+            raise click.UsageError(
+                f"{out} holds the authority of the cluster {found!r}: say --name {found}, or "
+                "choose another directory with --out."
+            )
         for one in ids:
             issue(out, one)
     except OSError as error:
@@ -137,6 +143,14 @@ def certs(nodes: str, out: Path, name: str) -> None:
             f'[cluster]\nname = "{name}"\nca_cert = "{out / "ca.crt"}"\n'
             f'cert = "{out / one}.crt"\nkey = "{out / one}.key"\n'
         )
+
+
+def _cluster_of(ca_cert: Path) -> str:
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
+    subject = x509.load_pem_x509_certificate(ca_cert.read_bytes()).subject
+    return str(subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
 
 
 def _wait_ready(made: DevCluster, stop: threading.Event) -> None:

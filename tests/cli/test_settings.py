@@ -95,7 +95,9 @@ def test_certificates_are_made_for_every_node_and_missing_ones_are_added(
     made = agentmem("cluster", "certs", "--nodes", "n1, n2", "--out", str(out), "--name", "prod")
     assert made.code == Exit.OK
     before = (out / "n1.crt").read_bytes()
-    assert agentmem("cluster", "certs", "--nodes", "n1,n3", "--out", str(out)).code == Exit.OK
+    again = ("cluster", "certs", "--nodes", "n1,n3", "--out", str(out))
+    assert agentmem(*again).code == Exit.USAGE  # the authority is that of another cluster
+    assert agentmem(*again, "--name", "prod").code == Exit.OK
     assert (out / "n1.crt").read_bytes() == before
     assert (out / "n3.key").stat().st_mode & 0o077 == 0
     path = tmp_path / "node.toml"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -239,6 +242,26 @@ def test_a_closed_client_says_so_and_leaves_no_thread(fake: Any) -> None:
     assert not [t for t in threading.enumerate() if t.name == "agentmem-client"]
     with pytest.raises(client.ClientClosed):
         memory.add("tea", user_id="ana")
+
+
+def test_a_forgotten_client_ends_quietly_with_the_program(fake: Any) -> None:
+    program = (
+        "from agentmem_client import Client\n"
+        f"memory = Client({fake.urls['n1']!r})\n"
+        "memory.add('tea', user_id='ana')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_forgotten_client_gives_its_thread_back(fake: Any) -> None:
+    memory = client.Client(fake.urls["n1"])
+    memory.add("tea", user_id="ana")
+    del memory
+    gc.collect()
+    assert not [t for t in threading.enumerate() if t.name == "agentmem-client"]
 
 
 def test_threads_may_share_a_blocking_client(fake: Any) -> None:

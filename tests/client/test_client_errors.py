@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import agentmem_client
@@ -51,3 +53,13 @@ def test_public_names_are_sorted_and_complete() -> None:
     classes = {name for name, v in vars(errors).items() if isinstance(v, type) and name[0] != "_"}
     assert classes - {"Any", "ClassVar"} <= set(agentmem_client.__all__)
     assert all(hasattr(agentmem_client, name) for name in agentmem_client.__all__)
+
+
+def test_every_method_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
+    for name, method in vars(agentmem_client.Client).items():
+        if callable(method) and not name.startswith("_") and name != "close":
+            assert f"| `{name}(" in text
+    for name in [v.__name__ for v in vars(errors).values() if isinstance(v, type)]:
+        if name in agentmem_client.__all__ and name != "MethodNotAllowed":
+            assert name in text
