@@ -66,7 +66,11 @@ _GROW_SHARE: Final = 16
 
 
 class CheckpointJob:
-    """Makes one snapshot durable. `run` may be called in any thread; it raises OSError."""
+    """Makes one snapshot durable. `run` may be called in any thread.
+
+    It raises DiskFull when there was no room for the checkpoint file, and may then be called
+    again; after any other OSError it is unknown what the disk holds, and the process must stop.
+    """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, pin: Any) -> None:
         self.checkpoint = checkpoint
@@ -80,7 +84,14 @@ class CheckpointJob:
             _datasync(fd)
         finally:
             os.close(fd)
-        write_checkpoint(self._folder, self.checkpoint)
+        try:
+            write_checkpoint(self._folder, self.checkpoint)
+        except OSError as error:
+            # A failed sync of the data must not be tried again (the kernel may have dropped
+            # what it could not write), but this file is written from its beginning each time.
+            if error.errno not in _FULL:
+                raise
+            raise _disk_full(self._folder, error) from error
 
 
 class Environment:
@@ -171,10 +182,7 @@ class Environment:
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
-                raise DiskFull(
-                    f"There is no room on the disk of {self.folder}: {error.strerror}.",
-                    hint="Free some space; writes resume by themselves.",
-                ) from error
+                raise _disk_full(self.folder, error) from error
             self._allocated = target
         self.reserved += size_bytes
 
@@ -256,6 +264,13 @@ class Environment:
     def _committed_end(self) -> int:
         end: int = (self._env.info()["last_pgno"] + 1) * self._page_bytes
         return end
+
+
+def _disk_full(folder: Path, error: OSError) -> DiskFull:
+    return DiskFull(
+        f"There is no room on the disk of {folder}: {error.strerror}.",
+        hint="Free some space; writes resume by themselves.",
+    )
 
 
 def _open(folder: Path, databases: int, map_bytes: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentmem_cluster.errors import InternalError
+from agentmem_cluster.errors import DiskFull, InternalError
 from agentmem_node.storage.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -129,13 +131,17 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     env.state = lambda: b"1"
     job = env.begin_checkpoint()
     assert job is not None
-    (tmp_path / "s00" / (FILE_NAME + ".new")).mkdir()
-    with pytest.raises(OSError, match="checkpoint"):
-        job.run()
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(DiskFull, match="no room"):
+            job.run()
     assert env.durable_state == b"0"
     assert read_checkpoint(tmp_path / "s00").state == b"0"
     # The same job may be tried again.
-    (tmp_path / "s00" / (FILE_NAME + ".new")).rmdir()
     job.run()
     env.checkpoint_done(job)
     assert env.durable_state == b"1"
