@@ -27,6 +27,7 @@ ATTEMPT_S = 1.0  # how long one node may take to answer
 CALL_S = 6.0  # after this the client gives up
 RETRY_S = (0.02, 0.2)
 BURST_CALLS_MAX = 16
+QUIET_SHARE = 0.02  # of the calls go to just any group where most are quiet
 BURST_CHANCE = 0.08
 
 
@@ -148,7 +149,12 @@ class SimClient:
             return
         burst = self._chance.random() < BURST_CHANCE
         for _ in range(self._chance.randint(2, BURST_CALLS_MAX) if burst else 1):
-            self.call(self._chance.choice(self._plan.groups), self._draw_kind())
+            self.call(self._draw_group(), self._draw_kind())
+
+    def _draw_group(self) -> GroupSpec:
+        if self._plan.quiet_groups and self._chance.random() > QUIET_SHARE:
+            return self._plan.groups[0]
+        return self._chance.choice(self._plan.groups)
 
     def _draw_kind(self) -> Kind:
         return self._chance.choice(

@@ -80,15 +80,15 @@ class SimFile:
 
     def datasync(self) -> None:
         self._check()
-        self._disk.before_sync(self._path)
         content = self._content
-        if self._disk.fail_next_sync:
+        try:
+            self._disk.before_sync(self._path)
+        except OSError:
             # Linux marks the pages clean after a failed fsync: they are neither on the
             # platter nor tried again, and vanish when the cache drops them.
-            self._disk.fail_next_sync = False
             content.unsynced.clear()
             content.cached = bytearray(content.durable)
-            raise OSError(errno.EIO, os.strerror(errno.EIO), self._path)
+            raise
         self._disk.syncs += 1
         if self._disk.honours_sync and self._disk.syncs_at_once:
             content.settle()
@@ -127,7 +127,6 @@ class SimDisk:
         self.syncs = 0
         self.full = False
         self.fail_next_sync = False
-        self.dying = False
         self._names: dict[str, _Content] = {}
         self._durable_names: dict[str, _Content] = {}
         self._dirs: set[str] = {""}
@@ -224,8 +223,10 @@ class SimDisk:
         return size_bytes
 
     def before_sync(self, path: str) -> None:
-        if self.dying:
-            raise OSError(errno.EIO, "power is failing", path)
+        """Raise instead of syncing, once, when a failure was ordered."""
+        if self.fail_next_sync:
+            self.fail_next_sync = False
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
     def settle(self) -> None:
         for content in self._names.values():
@@ -234,7 +235,6 @@ class SimDisk:
     def kill(self) -> None:
         """The process dies; the page cache lives on."""
         self.boot += 1
-        self.dying = False
 
     def power_loss(self) -> None:
         """The machine dies: what was not synced survives in part, in any order, torn."""

@@ -4,7 +4,7 @@
 - state machine safety: one entry per index, the same on every replica, in order, without gaps;
 - equal digests at equal applied index;
 - exactly once: a request takes effect at one index at most, and always at the same one;
-- durable rule: when a write is acknowledged, a quorum holds it *on the platter*;
+- durable rule (`audit`): what a node says is on its platter, what is acknowledged on a quorum's;
 - an acknowledged write is there at the end, with the result that was answered;
 - a write that was refused is not there;
 - every history is linearizable (writes, cas, adds, reads on any replica);
@@ -20,7 +20,7 @@ from agentmem_chaos.sim.clients import Call, Fate
 from agentmem_chaos.sim.machine import Command, Effect
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
-from agentmem_cluster.raft.api import Applied, Entry, GroupSpec
+from agentmem_cluster.raft.api import Applied, Entry
 
 FOUND_MAX = 20
 Ledger = dict[str, tuple[bool, int | None]]
@@ -115,14 +115,6 @@ class Judge:
                 f"{node} answered {command.request} with {group}/{answer.index} of term "
                 f"{answer.term}, where "
                 + ("nothing was applied" if there is None else describe(there.command)),
-            )
-
-    def on_platters(self, group: GroupSpec, answer: Applied, holders: list[str]) -> None:
-        if len(holders) <= len(group.members) // 2:
-            self.accuse(
-                "durable rule",
-                f"{group.id}/{answer.index} was acknowledged when only {holders} "
-                f"of {list(group.members)} would have kept it through a power loss",
             )
 
     # -- at the end --

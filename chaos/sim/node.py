@@ -8,42 +8,26 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from agentmem_chaos.sim.audit import Auditor
 from agentmem_chaos.sim.clients import Seen
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
-from agentmem_chaos.sim.machine import Command, Effect, MachineStore, Observer, RegisterMachine
+from agentmem_chaos.sim.machine import Command, Effect, MachineStore, RegisterMachine
 from agentmem_chaos.sim.net import SimNet
+from agentmem_chaos.sim.parts import Parts, settings
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
 from agentmem_chaos.sim.story import Story
 from agentmem_cluster.errors import AgentMemError, Unavailable
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft.api import Applied, Entry, GroupSpec
-from agentmem_cluster.raft.core import NodeCore, Ready
+from agentmem_cluster.raft.core import CheckpointJob, NodeCore, Ready
 from agentmem_cluster.raft.frames import BOOT_BYTES
-from agentmem_cluster.raft.settings import RaftSettings
 
-JOURNAL_PATH = "journal"
 HANDOFF_S = 0.0002  # from the sync thread back to the loop
 RESTART_S = (0.2, 3.0)
-
-
-def open_journal(disk: SimDisk, plan: WorldPlan) -> Journal:
-    return Journal.open(disk, JOURNAL_PATH, segment_bytes=plan.segment_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a world is made of; the harness's own tests plant bugs here."""
-
-    open_journal: Callable[[SimDisk, WorldPlan], Journal] = open_journal
-    make_core: Callable[..., NodeCore] = NodeCore
-    make_machine: Callable[[MachineStore, Observer], RegisterMachine] = RegisterMachine
-    syncs_before_it_speaks: bool = True
-    confirms_reads: bool = True
 
 
 class SimNode:
@@ -56,7 +40,7 @@ class SimNode:
         net: SimNet,
         judge: Judge,
         story: Story,
-        on_answer: Callable[[GroupSpec, Applied], None],
+        auditor: Callable[[], Auditor],
     ) -> None:
         self.name = name
         self.plan = plan
@@ -79,7 +63,7 @@ class SimNode:
         self._net = net
         self._judge = judge
         self._story = story
-        self._on_answer = on_answer
+        self._auditor = auditor
         self._chance = stream(plan.seed, f"node/{name}")
         self._held: list[Callable[[], None]] = []
         self._turn_planned = False
@@ -247,14 +231,30 @@ class SimNode:
     def _drain(self) -> None:
         """Send what may leave, and start the checkpoints that are due."""
         for peer, frames in self._run(lambda core: core.take_outbox()) or ():
+            self._auditor().speaks(self, peer, frames)
             self._net.send(self.name, peer, frames)
         for checkpoint in self._run(lambda core: core.take_checkpoints()) or ():
             delay_s = self._chance.uniform(*self.plan.sync_s) * self.slowness * 3
-            self._later(delay_s, lambda c=checkpoint: self._checkpoint(c))  # type: ignore[misc]
+            boot = self.boot_number
+            self._schedule.after(delay_s, lambda b=boot, c=checkpoint: self._checkpoint(b, c))  # type: ignore[misc]
 
-    def _checkpoint(self, checkpoint: Any) -> None:
-        checkpoint.job.run()
-        self._run(lambda core: core.checkpointed(checkpoint))
+    def _checkpoint(self, boot: int, checkpoint: CheckpointJob) -> None:
+        if not self.alive or boot != self.boot_number:
+            return
+        failure: OSError | None = None
+        try:
+            self.disk.before_sync("state")
+            checkpoint.job.run()
+        except OSError as error:
+            self.fsync_failed = True
+            failure = error
+        self._later(HANDOFF_S, lambda: self._checkpointed(checkpoint, failure))
+
+    def _checkpointed(self, checkpoint: CheckpointJob, failure: OSError | None) -> None:
+        if failure is None:
+            self._run(lambda core: core.checkpointed(checkpoint))
+        else:
+            self._run(lambda core: core.checkpoint_failed(checkpoint, failure))
         self._plan_turn()
 
     def _set_timer(self) -> None:
@@ -338,7 +338,7 @@ class SimNode:
             def done(outcome: Applied | AgentMemError) -> None:
                 if isinstance(outcome, Applied):
                     self._judge.acknowledged_write(self.name, group, command, outcome)
-                    self._on_answer(self.groups[group], outcome)
+                    self._auditor().answered(self.groups[group], outcome)
                 answer(outcome, at_once)
 
             self._run(lambda core: core.propose(group, command.encode(), done))
@@ -376,31 +376,3 @@ class SimNode:
     def transfer(self, group: str) -> None:
         self._run(lambda core: core.transfer(group))
         self._plan_turn()
-
-    # -- what the judge asks --
-
-    def holds_on_platter(self, spec: GroupSpec, answer: Applied) -> bool:
-        """Would this machine still have the entry after a power loss at this very moment?"""
-        if self.stores[spec.id].durable.applied_index >= answer.index:
-            return True
-        try:
-            journal = open_journal(self.disk.platter(), self.plan)
-        except Exception as error:
-            trace = traceback.format_exc()
-            self._judge.accuse("recovery", f"after a power loss of {self.name}: {error}\n{trace}")
-            return True
-        log = journal.group(spec.id, spec.epoch)
-        within = log.first_index <= answer.index <= log.last_index
-        return within and bool(log.term_at(answer.index) == answer.term)
-
-
-def settings(plan: WorldPlan) -> RaftSettings:
-    """Small enough for a minute: checkpoints and compaction must happen while things break."""
-    return RaftSettings(
-        checkpoint_entries=plan.checkpoint_entries,
-        checkpoint_s=plan.checkpoint_s,
-        tail_bytes=plan.tail_bytes,
-        append_bytes_max=plan.append_bytes_max,
-        inflight_appends_max=plan.inflight_appends_max,
-        queue_commands_max=plan.queue_commands_max,
-    )

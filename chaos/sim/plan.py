@@ -74,6 +74,7 @@ class WorldPlan:
     boot_s: tuple[float, float]
     clients: int
     keys_per_group: int
+    quiet_groups: bool  # all groups but the first are nearly idle
     think_s: tuple[float, float]
     padding_bytes_max: int
     segment_bytes: int
@@ -119,9 +120,10 @@ class WorldPlan:
             boot_s=(0.02, chance.choice([0.2, 1.0])),
             clients=chance.randint(2, 6),
             keys_per_group=chance.randint(1, 5),
+            quiet_groups=chance.random() < 0.3,
             think_s=chance.choice([(0.0, 0.1), (0.05, 0.3), (0.1, 0.6)]),
             padding_bytes_max=chance.choice([0, 0, 100, 4_000]),
-            segment_bytes=chance.choice([16 << 10, 64 << 10, 1 << 20]),
+            segment_bytes=chance.choice([4 << 10, 16 << 10, 64 << 10, 1 << 20]),
             state_needs_room=chance.random() < 0.5,
             checkpoint_entries=chance.choice([20, 100, 1_000]),
             checkpoint_s=chance.choice([1.0, 10.0, 60.0]),

@@ -21,6 +21,7 @@ class WorldResult:
     reads: int = 0
     faults: int = 0
     elections: int = 0
+    audits: int = 0
     left_behind: int = 0  # replicas that lack what no log has any more
     events: int = 0
     bursts: int = 0

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from agentmem_chaos.checker import Kind
+from agentmem_chaos.sim.audit import Auditor
 from agentmem_chaos.sim.clients import Call, Fate, SimClient
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.nemesis import Nemesis
 from agentmem_chaos.sim.net import SimNet
-from agentmem_chaos.sim.node import Parts, SimNode
+from agentmem_chaos.sim.node import SimNode
+from agentmem_chaos.sim.parts import Parts, open_journal
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.result import WorldResult
 from agentmem_chaos.sim.schedule import Schedule, stream
 from agentmem_chaos.sim.story import Story
-from agentmem_cluster.raft.api import Applied, GroupSpec, Role
+from agentmem_cluster.raft.api import GroupSpec, Role
 
 # Of the second phase: when a write must have succeeded, and when clients stop.
 WRITE_WITHIN_S = 9.0
 QUIET_S = 5.0
 FINAL_READS_S = 5.0
-# Platters are audited on a sample of acknowledgements: recovery of every journal is not free.
-AUDIT_EVERY_S = 4.0
 
 
 class World:
@@ -45,14 +45,21 @@ class World:
                 self.net,
                 self.judge,
                 self.story,
-                self._audit,
+                lambda: self.auditor,
             )
         for name, node in self.nodes.items():
             self.net.attach(name, node)
+        self.auditor = Auditor(
+            self.nodes,
+            plan.groups,
+            lambda disk: open_journal(disk, plan),
+            self.judge,
+            stream(plan.seed, "audit"),
+            lambda: self.schedule.now_s,
+        )
         self.nemesis = Nemesis(plan, self.nodes, self.net, self.schedule, self.story)
         self.calls: list[Call] = []
         self.clients = [self._client(number) for number in range(plan.clients)]
-        self._next_audit_s = 0.0
         self.left_behind = 0
 
     def _client(self, number: int) -> SimClient:
@@ -193,13 +200,6 @@ class World:
                 "liveness", f"no linearizable read on {sorted(missing)}\n{self._statuses()}"
             )
 
-    def _audit(self, group: GroupSpec, answer: Applied) -> None:
-        if self.schedule.now_s < self._next_audit_s:
-            return
-        self._next_audit_s = self.schedule.now_s + AUDIT_EVERY_S
-        holders = [n for n in group.members if self.nodes[n].holds_on_platter(group, answer)]
-        self.judge.on_platters(group, answer, holders)
-
     def _statuses(self) -> str:
         lines = []
         for node in self.nodes.values():
@@ -236,6 +236,7 @@ class World:
             acknowledged=sum(call.kind is not Kind.READ for call in answered),
             reads=sum(call.kind is Kind.READ for call in answered),
             faults=self.nemesis.faults,
+            audits=self.auditor.audits,
             left_behind=self.left_behind,
             elections=self.judge.elections,
             events=self.schedule.events,

@@ -9,7 +9,7 @@ import pytest
 
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.machine import Effect, MachineState, RegisterMachine
-from agentmem_chaos.sim.node import Parts, open_journal
+from agentmem_chaos.sim.parts import Parts, open_journal
 from agentmem_chaos.sim.plan import Fault, WorldPlan
 from agentmem_chaos.sim.world import World
 from agentmem_cluster.journal.journal import Journal

@@ -1,0 +1,119 @@
+"""The durable rule, checked where it counts: what a node says must be on its platter already.
+
+The strictest power loss is imagined at the very moment: a copy of the disk that holds what is
+durable and nothing else, and a journal recovered from it. Votes are always audited, the rest
+by samples, because recovering a journal is not free.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from agentmem_chaos.sim.disk import SimDisk
+from agentmem_chaos.sim.judge import Judge
+from agentmem_chaos.sim.machine import MachineStore
+from agentmem_cluster.journal.group import GroupLog
+from agentmem_cluster.journal.journal import Journal
+from agentmem_cluster.raft.api import Applied, GroupSpec
+from agentmem_cluster.raft.frames import Kind
+
+ANSWERS_EVERY_S = 4.0
+APPENDED_SAMPLE = 0.003
+
+
+class Machine(Protocol):
+    """What is audited: a disk, and what the state machines have made durable beside it."""
+
+    name: str
+    disk: SimDisk
+    stores: dict[str, MachineStore]
+
+
+class Auditor:
+    def __init__(
+        self,
+        machines: Mapping[str, Machine],
+        groups: tuple[GroupSpec, ...],
+        recover: Callable[[SimDisk], Journal],
+        judge: Judge,
+        chance: random.Random,
+        now_s: Callable[[], float],
+    ) -> None:
+        self._machines = machines
+        self._groups = {spec.id: spec for spec in groups}
+        self._recover = recover
+        self._judge = judge
+        self._chance = chance
+        self._now_s = now_s
+        self._next_answer_s = 0.0
+        self.audits = 0
+
+    def answered(self, group: GroupSpec, answer: Applied) -> None:
+        """A write is being acknowledged: a quorum must have it through a power loss of all."""
+        if self._now_s() < self._next_answer_s:
+            return
+        self._next_answer_s = self._now_s() + ANSWERS_EVERY_S
+        holders = []
+        for name in group.members:
+            machine = self._machines[name]
+            if machine.stores[group.id].durable.applied_index >= answer.index:
+                holders.append(name)
+                continue
+            log = self._log(machine, group)
+            if log is None:
+                return  # accused already
+            within = log.first_index <= answer.index <= log.last_index
+            if within and log.term_at(answer.index) == answer.term:
+                holders.append(name)
+        if len(holders) <= len(group.members) // 2:
+            self._judge.accuse(
+                "durable rule",
+                f"{group.id}/{answer.index} was acknowledged when only {holders} "
+                f"of {list(group.members)} would have kept it through a power loss",
+            )
+
+    def speaks(self, machine: Machine, peer: str, frames: list[Any]) -> None:
+        """Frames are leaving: votes and acknowledged entries in them must be on the platter."""
+        for frame in frames:
+            kind, group, term = frame[0], self._groups[frame[1]], frame[4]
+            if kind == Kind.VOTE:
+                self._voted(machine, group, term, peer)
+            elif kind == Kind.ASK_VOTE:
+                self._voted(machine, group, term, machine.name)
+            elif kind == Kind.APPENDED and self._chance.random() < APPENDED_SAMPLE:
+                self._has_entries(machine, group, term, frame[6])
+
+    def _voted(self, machine: Machine, group: GroupSpec, term: int, candidate: str) -> None:
+        log = self._log(machine, group)
+        if log is not None and (log.term, log.vote) != (term, candidate) and log.term <= term:
+            self._judge.accuse(
+                "durable rule",
+                f"{machine.name} said that it voted for {candidate} in term {term} of {group.id}, "
+                f"and its disk says {log.vote} in term {log.term}",
+            )
+
+    def _has_entries(self, machine: Machine, group: GroupSpec, term: int, index: int) -> None:
+        log = self._log(machine, group)
+        if log is None or log.term > term:
+            return  # a later leader may have had them truncated since the frame was written
+        if log.last_index < index:
+            self._judge.accuse(
+                "durable rule",
+                f"{machine.name} said that it has {group.id}/{index}, and its disk ends "
+                f"at {log.last_index}",
+            )
+
+    def _log(self, machine: Machine, group: GroupSpec) -> GroupLog | None:
+        self.audits += 1
+        try:
+            journal = self._recover(machine.disk.platter())
+        except Exception as error:
+            trace = traceback.format_exc()
+            self._judge.accuse(
+                "recovery", f"after a power loss of {machine.name}: {error}\n{trace}"
+            )
+            return None
+        return journal.group(group.id, group.epoch)
