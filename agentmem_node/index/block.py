@@ -8,7 +8,7 @@ a freshly built one rank alike (a property test says so).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,6 +29,16 @@ _DEAD_ROWS_MIN: Final = 64
 _METADATA_COLUMNS_MAX: Final = 16
 
 
+class Context(NamedTuple):
+    """Of every row of a block, as of a generation of it."""
+
+    generation: int
+    length: Floats  # in words, averaged with the neighbours
+    share: Floats | None  # 1 / (1 + the weights of the neighbours present); None: no neighbours
+    trust: Floats  # in a cosine, by the length of the text
+    exposure: Floats  # how much of an error in the cosine gets into the score: trust * share
+
+
 class Block:
     def __init__(self, dim: int, analyzer: Analyzer, defaults: RankingDefaults) -> None:
         self.columns = Columns()
@@ -41,7 +51,7 @@ class Block:
         self.on_text: Callable[[int, str | None], None] | None = None  # doc, text; None: removed
         self._analyzer = analyzer
         self._defaults = defaults
-        self._context: tuple[int, Floats, Floats, Floats] | None = None
+        self._context: Context | None = None
 
     def reserve(self, memories: int) -> None:
         """Room for so many memories in all, so that filling does not copy what is there."""
@@ -77,23 +87,24 @@ class Block:
     def average_length(self) -> float:
         return self.terms_total / self.columns.live if self.terms_total else 1.0
 
-    def context(self) -> tuple[Floats, Floats, Floats]:
-        """Of every row: length seen with neighbours, 1 / sum of their weights, trust in length."""
-        if self._context is None or self._context[0] != self.generation:
+    def context(self) -> Context:
+        """What scores take from runs and lengths; computed once after each change."""
+        if self._context is None or self._context.generation != self.generation:
             n = self.columns.n
             length = self.columns.length[:n].astype(np.float64)
             trust = (length + 1.0) / (length + 1.0 + self._defaults.length_half)
             if self.links.has_links:
-                ones = np.ones(n)
-                ones[0] = 0.0
-                present = self.with_neighbours(ones)
+                present = np.ones(n)
+                present[0] = 0.0
+                present = self.with_neighbours(present)
                 present[0] = 1.0
-                seen = self.with_neighbours(length)
-                seen /= present
-                self._context = (self.generation, seen, 1.0 / present, trust)
+                length = self.with_neighbours(length)
+                length /= present
+                share = 1.0 / present
+                self._context = Context(self.generation, length, share, trust, trust * share)
             else:
-                self._context = (self.generation, length, np.ones(n), trust)
-        return self._context[1:]
+                self._context = Context(self.generation, length, None, trust, trust)
+        return self._context
 
     def with_neighbours(self, values: Floats) -> Floats:
         """values + weights * the values of the neighbours; values[0], of no memory, must be 0."""
@@ -101,15 +112,12 @@ class Block:
         earlier_1, earlier_2 = self._defaults.context_earlier
         later_1, later_2 = self._defaults.context_later
         before, after = self.links.before[:n], self.links.after[:n]
-        lent = values[before]
+        lent = values.take(before)
         lent *= earlier_1
         lent += values
-        for rows, weight in (
-            (before[before], earlier_2),
-            (after, later_1),
-            (after[after], later_2),
-        ):
-            part = values[rows]
+        others = ((before.take(before), earlier_2), (after, later_1), (after.take(after), later_2))
+        for rows, weight in others:
+            part = values.take(rows)
             part *= weight
             lent += part
         return lent
@@ -129,7 +137,7 @@ class Block:
         return column
 
     def bytes_used(self) -> int:
-        context = 0 if self._context is None else 24 * self.columns.n
+        context = 0 if self._context is None else 32 * self.columns.n
         return (
             self.columns.bytes_used()
             + self.postings.bytes_used()

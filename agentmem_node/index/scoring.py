@@ -79,7 +79,7 @@ def bm25_scores(
         matches = _lend(block, matches, len(terms.keys), defaults)
     average = stats.terms_total / total or 1.0
     k1, b = defaults.bm25_k1, defaults.bm25_b
-    gain = block.context()[0][matches.row]
+    gain = block.context().length.take(matches.row)
     gain *= k1 * b / average
     gain += k1 * (1.0 - b)
     gain += matches.occurrences
@@ -95,8 +95,8 @@ def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults)
     n = block.columns.n
     before, after = block.links.before, block.links.after
     row = matches.row
-    left, right = before[row], after[row]
-    rows = np.concatenate([row, right, after[right], left, before[left]])
+    left, right = before.take(row), after.take(row)
+    rows = np.concatenate([row, right, after.take(right), left, before.take(left)])
     base = matches.term * n
     cells = rows + np.concatenate([base] * 5)
     count = matches.occurrences
@@ -105,7 +105,8 @@ def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults)
     sums: Floats
     if terms * n <= 16 * len(cells) + 65_536:
         sums = _sums(cells, lent, terms * n)
-        held: Ints = sums.nonzero()[0]
+        # Of booleans, which numpy searches ten times faster than floats.
+        held: Ints = (sums > 0).nonzero()[0]
         sums = sums[held]
     else:
         held, inverse = np.unique(cells, return_inverse=True)
@@ -125,11 +126,11 @@ def vector_scores(block: Block, cosines: Floats, *, with_text: bool) -> Floats:
     scores: Floats = np.maximum(cosines, 0.0)
     if not with_text:
         return scores
-    _, share, trust = block.context()
-    scores *= trust
-    if block.links.has_links:
+    context = block.context()
+    scores *= context.trust
+    if context.share is not None:
         scores = block.with_neighbours(scores)
-        scores *= share
+        scores *= context.share
     return scores
 
 
@@ -140,10 +141,7 @@ def exact_correction(
     change: Floats = np.maximum(exact, 0.0)
     change -= np.maximum(approximate, 0.0)
     if with_text:
-        _, share, trust = block.context()
-        change *= trust[rows]
-        if block.links.has_links:
-            change *= share[rows]
+        change *= block.context().exposure[rows]
     return change
 
 

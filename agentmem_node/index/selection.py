@@ -21,7 +21,9 @@ from agentmem_node.index.fusion import Candidate, on_grid, weighted_scores
 from agentmem_node.index.vectors import QueryVector, exact_cosines
 from agentmem_node.model.search import LegName, SearchQuery
 
-_STRIDE: Final = 64
+_GROUPS_EACH: Final = 16
+# Of sums made in another order; far below the grid of scores.
+_ROUNDING: Final = 1e-9
 
 RankedRows = list[tuple[float, bytes, int]]
 """(score, id, row), best first."""
@@ -43,62 +45,86 @@ class Scored:
     with_text: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Memories in their final order, one more than a page holds when there are more."""
+
+    ids: list[bytes]
+    docs: list[int]
+    scores: list[float]
+    legs: list[list[float]]  # of each leg, the scores
+
+    def candidates(self) -> list[Candidate]:
+        by_memory = zip(*self.legs, strict=True)
+        rows = zip(self.ids, self.docs, self.scores, by_memory, strict=True)
+        return [Candidate(*row) for row in rows]
+
+
+_EMPTY: Final = Page([], [], [], [])
+
+
 def weighted_page(
     scored: Scored, query: SearchQuery, defaults: RankingDefaults, read: ReadVectors
-) -> list[Candidate]:
+) -> Page:
     """The best top_k + 1 after the cursor, by weighted score."""
-    total, margin = _totals(scored, defaults)
+    weights = [weight for _, weight in scored.legs]
+    total, spread = _totals(scored, weights, defaults)
     _exclude(total, scored, _any_member(scored))
-    pool = total
+    at_most = total + spread
+    at_least = total - spread
+    pool = at_least
     if query.after is not None:
-        # What may come after the cursor; of that, what certainly does decides the depth.
-        pool = np.where(total < query.after[0] - margin, total, -1.0)
-    least = _nth_largest(pool, query.top_k + 1) - margin
+        # Of what certainly comes after the cursor, the best decide how deep to look.
+        pool = np.where(at_most < query.after[0], at_least, -1.0)
+    least = max(_nth_largest(pool, query.top_k + 1), 0.0)
     if query.threshold is not None:
-        least = max(least, query.threshold - margin)
-    chosen = total >= max(least, 0.0)
+        least = max(least, query.threshold)
+    chosen = at_most >= least
     if query.after is not None:
-        chosen &= total <= query.after[0] + margin
+        chosen &= at_least <= query.after[0]
     rows: Ints = chosen.nonzero()[0]
     if not len(rows):
-        return []
+        return _EMPTY
     legs = _rescored(scored, rows, read)
-    final = weighted_scores(legs, [weight for _, weight in scored.legs])
+    final = weighted_scores(legs, weights)
     columns = scored.block.columns
     order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -final))
-    if query.after is None and query.threshold is None:
+    if query.threshold is not None:
+        order = order[final[order] >= query.threshold]
+    if query.after is None:
         order = order[: query.top_k + 1]
-    rows, final = rows[order], final[order]
-    page: list[Candidate] = []
-    for key, doc, score, scores in zip(
-        _ids(scored.block, rows),
-        columns.doc[rows].tolist(),
-        final.tolist(),
-        zip(*(leg[order].tolist() for leg in legs), strict=True),
-        strict=True,
-    ):
-        if query.threshold is not None and score < query.threshold:
-            break
-        if query.after is None or (-score, key) > (-query.after[0], query.after[1]):
-            page.append(Candidate(key, doc, score, scores))
-            if len(page) > query.top_k:
-                break
-    return page
+    ids = _ids(scored.block, rows[order])
+    scores = final[order].tolist()
+    if query.after is not None:
+        last = (-query.after[0], query.after[1])
+        skip = sum((-score, key) <= last for score, key in zip(scores, ids, strict=True))
+        end = skip + query.top_k + 1
+        order, ids, scores = order[skip:end], ids[skip:end], scores[skip:end]
+    docs = columns.doc[rows[order]].tolist()
+    return Page(ids, docs, scores, [leg[order].tolist() for leg in legs])
 
 
-def _totals(scored: Scored, defaults: RankingDefaults) -> tuple[Floats, float]:
-    """Weighted scores of all rows by int8, and how far from exact they may be."""
-    weights = [weight for _, weight in scored.legs]
+def _totals(
+    scored: Scored, weights: Sequence[float], defaults: RankingDefaults
+) -> tuple[Floats, Floats | float]:
+    """Weighted scores of all rows by int8, and how far from exact each may be."""
     weight_sum = sum(weights)
     total: Floats = scored.scores[0] * (weights[0] / weight_sum)
-    # Rounding of sums in another order, far below the grid of scores.
-    margin = 1e-9
-    for (name, weight), scores in zip(scored.legs, scored.scores, strict=True):
-        if scores is not scored.scores[0]:
-            total += scores * (weight / weight_sum)
+    for scores, weight in zip(scored.scores[1:], weights[1:], strict=True):
+        total += scores * (weight / weight_sum)
+    for name, weight in scored.legs:
         if name == "vector":
-            margin += defaults.rescore_steps / scored.block.vectors.scale * weight / weight_sum
-    return total, margin
+            return total, _spread(scored, weight / weight_sum, defaults)
+    return total, _ROUNDING
+
+
+def _spread(scored: Scored, weight: float, defaults: RankingDefaults) -> Floats | float:
+    error = defaults.rescore_steps / scored.block.vectors.scale * weight
+    if not scored.with_text:
+        return error + _ROUNDING
+    spread = scored.block.context().exposure * error
+    spread += _ROUNDING
+    return spread
 
 
 def ranked_lists(scored: Scored, defaults: RankingDefaults, read: ReadVectors) -> list[RankedRows]:
@@ -107,11 +133,9 @@ def ranked_lists(scored: Scored, defaults: RankingDefaults, read: ReadVectors) -
     for number, (name, _) in enumerate(scored.legs):
         scores = scored.scores[number].copy()
         _exclude(scores, scored, scored.members[number])
-        margin = 1e-9
-        if name == "vector":
-            margin += defaults.rescore_steps / scored.block.vectors.scale
-        least = _nth_largest(scores, defaults.rank_window) - margin
-        rows: Ints = (scores >= max(least, 0.0)).nonzero()[0]
+        spread = _spread(scored, 1.0, defaults) if name == "vector" else _ROUNDING
+        least = _nth_largest(scores - spread, defaults.rank_window)
+        rows: Ints = (scores + spread >= max(least, 0.0)).nonzero()[0]
         exact = on_grid(_rescored(scored, rows, read)[number])
         columns = scored.block.columns
         order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -exact))
@@ -188,12 +212,11 @@ def _nth_largest(values: Floats, n: int) -> float:
     size = len(values)
     if size <= n:
         return -1.0
-    if size > n * _STRIDE:
-        # The n-th largest of the strides' maxima: no more than n values exceed it by less than
-        # a stride's worth, and it costs a sixth of a partition.
-        whole = size // _STRIDE * _STRIDE
-        maxima = values[:whole].reshape(-1, _STRIDE).max(axis=1)
-        if len(maxima) > n:
-            values = maxima
-            size = len(values)
+    groups = n * _GROUPS_EACH
+    if size >= 2 * groups:
+        # The n-th largest of many groups' maxima. Few of the n largest share a group, and this
+        # costs a fraction of a partition of all.
+        whole = size // groups * groups
+        values = values[:whole].reshape(-1, groups).max(axis=0)
+        size = groups
     return float(np.partition(values, size - n)[size - n])

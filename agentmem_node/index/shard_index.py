@@ -29,7 +29,7 @@ from agentmem_node.index.text_legs import TextQuery, fuzzy_scores, phrase_scores
 from agentmem_node.index.text_space import TextSpaces
 from agentmem_node.index.vectors import QueryVector
 from agentmem_node.model.memory import Scope
-from agentmem_node.model.search import LegName, SearchQuery
+from agentmem_node.model.search import Hit, LegName, SearchQuery
 
 _BLOCKS_BYTES_MAX: Final = 1 << 30
 _NO_TERMS: Final = QueryTerms(np.zeros(0, dtype=np.uint64), 0)
@@ -128,6 +128,13 @@ class ShardIndex:
         found = block.postings.find(terms.keys)
         stats = scoring.block_stats(block, found)
         legs = active_legs(query, self.defaults)
+        if query.fusion == "weighted" and not query.explain and legs and block.columns.live:
+            # The page of the only shard is the answer: `fuse` would find nothing to do.
+            scored = self._scored(block, query, legs, terms, found, stats)
+            page = selection.weighted_page(scored, query, self.defaults, self._source.vectors)
+            records = self._source.records(page.docs[: query.top_k])
+            hits = list(map(Hit, page.ids, page.scores, records))
+            return Fused(hits, (hits[-1].score, hits[-1].id) if len(page.ids) > len(hits) else None)
         results = self._results(block, query, legs, terms, found, stats)
         fused = fuse(query, legs, [results], self.defaults)
         if fused.missing:
@@ -173,10 +180,10 @@ class ShardIndex:
         if query.fusion == "rrf":
             candidates = selection.ranked_candidates(scored, ranked, read)
         else:
-            candidates = selection.weighted_page(scored, query, self.defaults, read)
-            page = candidates[: query.top_k]
-            records = self._source.records([candidate.doc for candidate in page])
-            for candidate, record in zip(page, records, strict=True):
+            page = selection.weighted_page(scored, query, self.defaults, read)
+            candidates = page.candidates()
+            records = self._source.records(page.docs[: query.top_k])
+            for candidate, record in zip(candidates, records, strict=False):
                 candidate.record = record
         return LegResults(candidates, [[(s, key) for s, key, _ in leg] for leg in ranked])
 
