@@ -184,9 +184,9 @@ ROUTES: tuple[Route, ...] = (
         memories.search,
         "search",
         "Search memories",
-        description="Give `query` and/or `vector`. A search that names an owner (user_id, else "
-        "agent_id, app_id, run_id) asks one shard, any other asks all. `legs` chooses and weighs "
-        "the engines, as a list or as weights. `partial` names shards that did not answer.",
+        description="Give `query` and/or `vector`. A search that names a user_id asks one shard, "
+        "any other asks all. `legs` chooses and weighs the engines, as a list or as weights. "
+        "`partial` names shards that did not answer.",
         tag="search",
         body=rq.SearchRequest,
         answer=shapes.SearchResults,

@@ -7,9 +7,10 @@ every answer; see `agentmem_node.storage`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 MemoryType = Literal[
     "episodic",
@@ -68,8 +69,8 @@ class Memory(msgspec.Struct, kw_only=True, omit_defaults=False):
     created_at: str
     updated_at: str
     expires_at: str | None = None
-    version: int = 1
-    hash: str = ""
+    version: Annotated[int, Meta(description="Counts its changes, from 1; also the ETag.")] = 1
+    hash: Annotated[str, Meta(description="Equal when the content is.")] = ""
 
     @property
     def scope(self) -> Scope:

@@ -15,39 +15,81 @@ from agentmem_node.model.memory import HistoryEntry, MemoryType
 from agentmem_node.model.search import Consistency, Fusion, LegName
 
 Importance = Annotated[float, Meta(ge=0.0, le=1.0, description="0 (trivial) to 1 (vital).")]
-ScopeId = Annotated[str, Meta(min_length=1, max_length=256)]
+_Id = Meta(min_length=1, max_length=256)
+UserId = Annotated[str, _Id, Meta(description="Whose memory it is: the owner, when given.")]
+AgentId = Annotated[str, _Id, Meta(description="The agent that it belongs to.")]
+AppId = Annotated[str, _Id, Meta(description="The application that it belongs to.")]
+RunId = Annotated[str, _Id, Meta(description="The conversation or run that it belongs to.")]
+Content = Annotated[str, Meta(description="The text to remember.")]
+Metadata = Annotated[
+    dict[str, Any], Meta(description="Anything of your own, as JSON; `filters` can ask for it.")
+]
+Categories = Annotated[list[str], Meta(description="Labels, for `filters`.")]
+Expiry = Annotated[
+    str, Meta(description="From this time on (RFC 3339) nothing finds the memory any more.")
+]
+Vector = Annotated[
+    list[float],
+    Meta(
+        description="The text's embedding by the cluster's model; it need not be normalised. "
+        "Without it the node embeds the text."
+    ),
+]
+Filters = Annotated[
+    dict[str, Any],
+    Meta(description="Which memories to look at: conditions on their fields, before ranking."),
+]
+Cursor = Annotated[str, Meta(description="`next_cursor` of the last answer: what follows it.")]
+SessionToken = Annotated[
+    str, Meta(description="With `consistency: session`: see at least what this token stands for.")
+]
+Freshness = Annotated[
+    Consistency,
+    Meta(
+        description="`linearizable`: every write acknowledged before. `session`: at least what "
+        "`token` stands for. `eventual`: what the replica at hand has."
+    ),
+]
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One message of a conversation; what the system says is not remembered."""
+
     role: Literal["user", "assistant", "system", "tool"]
-    content: str
+    content: Content
     name: str | None = None
 
 
 class AddRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`content` or `messages`, and at least one scope id."""
 
-    content: str | None = None
+    content: Content | None = None
     messages: list[Message] | None = None
-    user_id: ScopeId | None = None
-    agent_id: ScopeId | None = None
-    app_id: ScopeId | None = None
-    run_id: ScopeId | None = None
-    metadata: dict[str, Any] = {}
+    user_id: UserId | None = None
+    agent_id: AgentId | None = None
+    app_id: AppId | None = None
+    run_id: RunId | None = None
+    metadata: Metadata = {}
     memory_type: MemoryType = "episodic"
     importance: Importance | None = None
-    categories: list[str] = []
-    created_at: str | None = None  # back-dates; default: now
-    expires_at: str | None = None
-    vector: list[float] | None = None
-    infer: bool = False
+    categories: Categories = []
+    created_at: (
+        Annotated[str, Meta(description="Back-dates it (RFC 3339). Default: now.")] | None
+    ) = None
+    expires_at: Expiry | None = None
+    vector: Vector | None = None
+    infer: Annotated[bool, Meta(description="Have facts extracted; not in this version.")] = False
 
 
 class BatchAddRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    memories: list[AddRequest]
+    memories: Annotated[
+        list[AddRequest], Meta(description="At most limits.batch_items_max of them.")
+    ]
 
 
 class ItemError(msgspec.Struct, kw_only=True):
+    """Why one item was refused: as in the answer to a request that fails as a whole."""
+
     code: str
     detail: str
 
@@ -69,18 +111,23 @@ class AddAnswer(msgspec.Struct, kw_only=True):
 class UpdateRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Only the given fields change. `expires_at: null` clears it."""
 
-    content: str | msgspec.UnsetType = msgspec.UNSET
-    metadata: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    content: Content | msgspec.UnsetType = msgspec.UNSET
+    metadata: Metadata | msgspec.UnsetType = msgspec.UNSET
     memory_type: MemoryType | msgspec.UnsetType = msgspec.UNSET
     importance: Importance | msgspec.UnsetType = msgspec.UNSET
-    categories: list[str] | msgspec.UnsetType = msgspec.UNSET
-    expires_at: str | msgspec.UnsetType | None = msgspec.UNSET
-    vector: list[float] | msgspec.UnsetType = msgspec.UNSET
-    expected_version: Annotated[int, Meta(ge=1)] | None = None
+    categories: Categories | msgspec.UnsetType = msgspec.UNSET
+    expires_at: Expiry | msgspec.UnsetType | None = msgspec.UNSET
+    vector: Vector | msgspec.UnsetType = msgspec.UNSET
+    expected_version: (
+        Annotated[
+            int, Meta(ge=1, description="Refuse with 409 unless this is the current version.")
+        ]
+        | None
+    ) = None
 
 
 class BatchDeleteRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    ids: list[str]
+    ids: Annotated[list[str], Meta(description="At most limits.batch_items_max of them.")]
 
 
 class DeletedItem(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -105,39 +152,62 @@ class MemoryAnswer(msgspec.Struct, kw_only=True):
 class SearchRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`query` and/or `vector`. `legs` chooses and weighs engines; default: all that apply."""
 
-    query: str | None = None
-    vector: list[float] | None = None
-    user_id: ScopeId | None = None
-    agent_id: ScopeId | None = None
-    app_id: ScopeId | None = None
-    run_id: ScopeId | None = None
-    filters: dict[str, Any] | None = None
-    legs: dict[LegName, float] | list[LegName] | None = None
-    top_k: Annotated[int, Meta(ge=1)] = 10
-    threshold: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    fusion: Fusion = "weighted"
-    consistency: Consistency = "linearizable"
-    token: str | None = None
-    explain: bool = False
-    cursor: str | None = None
+    query: Annotated[str, Meta(description="What to look for, in plain words.")] | None = None
+    vector: Vector | None = None
+    user_id: UserId | None = None
+    agent_id: AgentId | None = None
+    app_id: AppId | None = None
+    run_id: RunId | None = None
+    filters: Filters | None = None
+    legs: (
+        Annotated[
+            dict[LegName, float] | list[LegName],
+            Meta(
+                description="The engines to ask: a list, or with weights. Default: all that apply."
+            ),
+        ]
+        | None
+    ) = None
+    top_k: Annotated[int, Meta(ge=1, description="How many results; at most limits.top_k_max.")] = (
+        10
+    )
+    threshold: (
+        Annotated[float, Meta(ge=0.0, le=1.0, description="Leave out results that score less.")]
+        | None
+    ) = None
+    fusion: Annotated[
+        Fusion,
+        Meta(
+            description="How the engines' lists become one: by weighted scores, or by "
+            "Reciprocal Rank Fusion."
+        ),
+    ] = "weighted"
+    consistency: Freshness = "linearizable"
+    token: SessionToken | None = None
+    explain: Annotated[bool, Meta(description="Tell what each engine said of each result.")] = False
+    cursor: Cursor | None = None
 
 
 class SearchBatchRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    searches: list[SearchRequest]
+    searches: Annotated[
+        list[SearchRequest], Meta(description="At most limits.search_batch_max of them.")
+    ]
 
 
 class ListQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """GET /memories: newest first."""
 
-    user_id: ScopeId | None = None
-    agent_id: ScopeId | None = None
-    app_id: ScopeId | None = None
-    run_id: ScopeId | None = None
-    filters: dict[str, Any] | None = None
-    limit: Annotated[int, Meta(ge=1)] = 100
-    cursor: str | None = None
-    consistency: Consistency = "linearizable"
-    token: str | None = None
+    user_id: UserId | None = None
+    agent_id: AgentId | None = None
+    app_id: AppId | None = None
+    run_id: RunId | None = None
+    filters: Filters | None = None
+    limit: Annotated[
+        int, Meta(ge=1, description="Memories in a page; at most limits.page_items_max.")
+    ] = 100
+    cursor: Cursor | None = None
+    consistency: Freshness = "linearizable"
+    token: SessionToken | None = None
 
 
 class ListAnswer(msgspec.Struct, kw_only=True):
