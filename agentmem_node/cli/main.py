@@ -5,10 +5,8 @@ Commands are imported when they are asked for: `agentmem search` need not load w
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -97,11 +95,6 @@ def run(arguments: Sequence[str]) -> int:
         return Exit.INTERRUPTED
     except click.exceptions.Exit as ended:
         return ended.exit_code
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough. Python would complain again when it flushes.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except _client_error() as error:
         from agentmem_node.cli.exits import failure
 

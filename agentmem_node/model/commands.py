@@ -17,6 +17,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 import msgpack
 
+from agentmem_node.model.times import TIME_MS_MAX, TIME_MS_MIN
+
 FORMAT: Final = 1
 _WRITE: Final = 1
 _ADD: Final = 1
@@ -29,8 +31,6 @@ FINGERPRINT_BYTES: Final = 8
 COMMAND_OPS_MAX: Final = 10_000
 TENANT_BYTES_MAX: Final = 1_024
 VERSION_END: Final = 1 << 32
-_INT64_MIN: Final = -(1 << 63)
-_INT64_END: Final = 1 << 63
 
 OpStatus = Literal["ok", "conflict", "not_found", "exists", "skipped"]
 
@@ -209,7 +209,7 @@ def _op(row: Any) -> Op | None:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) is int and _INT64_MIN < value < _INT64_END
+    return type(value) is int and TIME_MS_MIN <= value <= TIME_MS_MAX
 
 
 def _is_version(value: Any) -> bool:

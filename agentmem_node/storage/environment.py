@@ -55,6 +55,7 @@ from agentmem_node.storage.checkpoint import (
 
 _STATE_KEY: Final = b"state"
 _STATE_DB: Final = "state"
+_LOCK_NAME: Final = "lock.mdb"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Address space, not disk: pages are allocated as they are used.
 MAP_BYTES_DEFAULT: Final = 64 << 30
@@ -106,28 +107,50 @@ class Environment:
         try:
             checkpoint = read_checkpoint(folder)
             restore_metas(folder, checkpoint)
-            self._env = _open(folder, len(databases) + 1, map_bytes)
+            # LMDB would believe a table of readers that some tool still holds open, and its
+            # last transaction too, which the checkpoint has just undone.
+            (folder / _LOCK_NAME).unlink(missing_ok=True)
             self._data_fd = os.open(folder / DATA_NAME, os.O_RDWR | os.O_CLOEXEC)
         except BaseException:
             os.close(self._lock_fd)
             raise
-        self._map_bytes = self._env.info()["map_size"]
+        try:
+            self._env = _open(folder, len(databases) + 1, map_bytes)
+        except BaseException:
+            os.close(self._data_fd)
+            os.close(self._lock_fd)
+            raise
+        self._map_bytes: int = self._env.info()["map_size"]
         self._page_bytes: int = self._env.stat()["psize"]
-        self._pin: Any = self._env.begin()
-        self._state_db = self._env.open_db(_STATE_DB.encode(), create=False)
-        self.db: dict[str, Any] = {
-            name: self._env.open_db(name.encode(), create=False) for name in databases
-        }
-        self.txn: Any = self._env.begin(write=True)
-        self.durable_state = checkpoint.state
-        found = self.txn.get(_STATE_KEY, db=self._state_db)
-        if found != checkpoint.state:
-            self._close()
-            raise damaged(folder / DATA_NAME, "it is not the snapshot that its checkpoint names")
-        self._end = self._committed_end()
-        self._allocated = self._end
+        # Where the file's used part ends, as of the last commit, and where its blocks do.
+        self._end = self._allocated = self._committed_end()
         # Promised to changes of the open transaction.
         self.reserved = 0
+        self._pin: Any = self._env.begin()
+        self.txn: Any = None
+        self.db: dict[str, Any] = {}
+        self.durable_state = checkpoint.state
+        fault = self._start(databases)
+        if fault is not None:
+            self._close()
+            raise damaged(folder / DATA_NAME, fault)
+
+    def _start(self, databases: Sequence[str]) -> str | None:
+        """Open the databases and the first transaction. Returns what is wrong with the file."""
+        # Before any page is touched: reading a mapped file past its end kills the process.
+        if os.fstat(self._data_fd).st_size < self._end:
+            return "its end is missing"
+        try:
+            self._state_db = self._env.open_db(_STATE_DB.encode(), create=False)
+            for name in databases:
+                self.db[name] = self._env.open_db(name.encode(), create=False)
+            self.txn = self._env.begin(write=True)
+            found = self.txn.get(_STATE_KEY, db=self._state_db)
+        except lmdb.Error as error:
+            return str(error)
+        if found != self.durable_state:
+            return "it is not the snapshot that its checkpoint names"
+        return None
 
     @classmethod
     def create(
@@ -176,14 +199,11 @@ class Environment:
             )
         if needed > self._allocated:
             step = min(max(needed // _GROW_SHARE, _GROW_BYTES_MIN), _GROW_BYTES_MAX)
-            target = (needed + step) // self._page_bytes * self._page_bytes + self._page_bytes
             try:
-                _allocate(self._data_fd, self._allocated, target)
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                raise _disk_full(self.folder, error) from error
-            self._allocated = target
+                self._allocate(needed + step)
+            except DiskFull:
+                # Not ahead, then, but what is needed now.
+                self._allocate(needed)
         self.reserved += size_bytes
 
     def commit(self, reserved: int = 0) -> None:
@@ -252,7 +272,8 @@ class Environment:
     # -- within -------------------------------------------------------------------------
 
     def _close(self) -> None:
-        self.txn.abort()
+        if self.txn is not None:
+            self.txn.abort()
         self._pin.abort()
         if self._job is not None:
             self._job.pin.abort()
@@ -260,6 +281,16 @@ class Environment:
         os.close(self._data_fd)
         os.close(self._lock_fd)
         self._lock_fd = -1
+
+    def _allocate(self, end: int) -> None:
+        end = -(-end // self._page_bytes) * self._page_bytes
+        try:
+            _allocate(self._data_fd, self._allocated, end)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise _disk_full(self.folder, error) from error
+        self._allocated = end
 
     def _committed_end(self) -> int:
         end: int = (self._env.info()["last_pgno"] + 1) * self._page_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 # Segment numbers start at 1. A run that is not written yet carries a token above all of them.
@@ -125,10 +125,14 @@ class RunIndex:
     def oldest_segment(self) -> int | None:
         return min(self.segment) if self.segment else None
 
-    def in_segment(self, segment: int) -> list[int]:
+    def in_segment(self, segment: int) -> Sequence[int]:
         """Positions of the runs within a segment."""
-        if not self.segment.count(segment):
-            return []
+        count = self.segment.count(segment)
+        if not count:
+            return ()
+        start = self.segment.index(segment)
+        if self.segment[start : start + count].count(segment) == count:
+            return range(start, start + count)  # nearly always: rows are written in order
         return [at for at, where in enumerate(self.segment) if where == segment]
 
     def __iter__(self) -> Iterator[Run]:

@@ -37,7 +37,8 @@ class LinkLimits:
     silence_s_max: float = 1.5
     ping_s: float = 0.4
     reconnect_s_min: float = 0.05
-    reconnect_s_max: float = 1.0
+    # A node that comes back is dialled within this; being refused costs next to nothing.
+    reconnect_s_max: float = 0.3
 
 
 class Owner(Protocol):

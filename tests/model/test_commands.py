@@ -20,8 +20,9 @@ from agentmem_node.model.commands import (
     decode,
     encode_write,
 )
+from agentmem_node.model.times import TIME_MS_MAX, TIME_MS_MIN
 
-times = st.integers(-(1 << 63) + 1, (1 << 63) - 1)
+times = st.integers(TIME_MS_MIN, TIME_MS_MAX)
 ids = st.binary(min_size=16, max_size=16)
 versions = st.integers(1, VERSION_END - 2)
 optional_times = st.one_of(st.none(), times)
@@ -107,6 +108,12 @@ def test_a_flipped_bit_gives_a_write_or_a_reason(write: Write, data: st.DataObje
 )
 def test_a_header_that_promises_too_much_is_refused_at_once(head: bytes) -> None:
     assert isinstance(decode(head), Rejected)
+
+
+@pytest.mark.parametrize("at_ms", [TIME_MS_MIN - 1, TIME_MS_MAX + 1, True, 0.0, None])
+def test_a_time_that_cannot_be_written_down_is_refused(at_ms: object) -> None:
+    row = [1, 1, bytes(16), b"", "acme", at_ms, False, []]
+    assert decode(msgpack.packb(row)) == Rejected("at_ms is not a time")
 
 
 def test_more_operations_than_any_service_sends_are_refused() -> None:

@@ -87,6 +87,7 @@ def paged(url: str, search: dict[str, Any], size: int) -> list[tuple[int, float]
         if cursor is not None:
             page["cursor"] = cursor
         answer = ask(url, "/memories/search", page)
+        assert answer["partial"] == []
         rows += [(hit["metadata"]["number"], hit["score"]) for hit in answer["results"]]
         cursor = answer["next_cursor"]
         if cursor is None:

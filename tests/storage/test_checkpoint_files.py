@@ -78,6 +78,83 @@ def test_a_model_with_another_dimension_is_refused(tmp_path: Path) -> None:
         Store.open(tmp_path / "s00", dim=768, map_bytes=MAP_BYTES)
 
 
+def test_a_data_file_that_was_cut_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "s00", dim=2, map_bytes=MAP_BYTES)
+    store.env.close()
+    path = tmp_path / "s00" / "data.mdb"
+    path.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(StorageDamaged, match="its end is missing"):
+        Store.open(tmp_path / "s00", dim=2, map_bytes=MAP_BYTES)
+
+
+def test_a_data_file_of_zeros_is_refused(tmp_path: Path) -> None:
+    Store.open(tmp_path / "s00", dim=2, map_bytes=MAP_BYTES).env.close()
+    path = tmp_path / "s00" / "data.mdb"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(StorageDamaged, match="data.mdb cannot be used"):
+        Store.open(tmp_path / "s00", dim=2, map_bytes=MAP_BYTES)
+
+
+# Somebody looks into the file with LMDB's own tools, and holds its table of readers open.
+ONLOOKER = """
+import lmdb, sys
+env = lmdb.open(sys.argv[1], readonly=True, max_dbs=16)
+with env.begin() as txn:
+    print("looking", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_an_onlooker_with_the_lock_file_open_does_not_spoil_a_restart(tmp_path: Path) -> None:
+    folder = tmp_path / "s00"
+    env = Environment.create(folder, ["rows"], b"0", MAP_BYTES)
+    env.state = lambda: b"undone"
+    for _ in range(5):
+        env.txn.put(b"key", b"undone", db=env.db["rows"])
+        env.commit()
+    onlooker = subprocess.Popen(
+        [sys.executable, "-c", ONLOOKER, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert onlooker.stdout is not None
+        assert onlooker.stdout.readline() == b"looking\n"
+        env.close()
+        again = Environment(folder, ["rows"], MAP_BYTES)
+        assert again.txn.get(b"key", db=again.db["rows"]) is None
+        again.state = lambda: b"1"
+        for number in range(5):
+            again.txn.put(b"key", b"%d" % number, db=again.db["rows"])
+            again.commit()
+        assert again.txn.get(b"key", db=again.db["rows"]) == b"4"
+        again.close()
+    finally:
+        onlooker.kill()
+        onlooker.communicate(timeout=20)
+
+
+def test_room_for_what_is_needed_now_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An almost full disk has no room to allocate ahead, but may have some for this change."""
+    env = Environment.create(tmp_path / "s00", ["rows"], b"0", MAP_BYTES)
+    asked = []
+
+    def almost_full(fd: int, offset: int, length: int) -> None:
+        asked.append(length)
+        if length > 40_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", almost_full)
+    env.reserve(30_000)
+    assert len(asked) == 2
+    with pytest.raises(DiskFull):
+        env.reserve(100_000)
+    assert env.reserved == 30_000
+    env.close()
+
+
 def test_an_unfinished_creation_is_begun_again(tmp_path: Path) -> None:
     half = tmp_path / "s00.new"
     half.mkdir()
