@@ -302,17 +302,21 @@ def test_a_crash_on_a_full_disk_keeps_what_was_acknowledged() -> None:
         assert log.slice(1, 99, 1 << 20) == entries(1, 3)
 
 
-def test_a_sync_without_room_is_written_again() -> None:
+def test_a_sync_without_room_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     on = disk()
     journal = open_journal(on)
     log = journal.group("s00", 1)
     log.append(entries(1, 3))
     job = journal.begin_flush()
     assert job is not None
-    on.dying = True
-    with pytest.raises(OSError, match="power"):
-        job.run()
-    on.dying = False
+
+    def no_room(path: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(on, "before_sync", no_room)
+        with pytest.raises(OSError, match="No space"):
+            job.run()
     assert log.durable_index == 0
     log.append(entries(4, 1))
     again = journal.begin_flush()
