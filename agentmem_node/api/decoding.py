@@ -15,8 +15,8 @@ from agentmem_node.model import requests as rq
 T = TypeVar("T", bound=msgspec.Struct)
 
 _AT = re.compile(r" - at (`key` in )?`([^`]*)`$")
-_UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
-_MISSING = re.compile(r"Object missing required field `([^`]*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`$")
 _SHOWN_CHARACTERS_MAX = 100
 
 
