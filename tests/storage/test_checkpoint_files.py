@@ -91,7 +91,7 @@ def test_a_data_file_of_zeros_is_refused(tmp_path: Path) -> None:
     Store.open(tmp_path / "s00", dim=2, map_bytes=MAP_BYTES).env.close()
     path = tmp_path / "s00" / "data.mdb"
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(StorageDamaged, match="data.mdb cannot be used"):
+    with pytest.raises(StorageDamaged, match=r"data\.mdb cannot be used"):
         Store.open(tmp_path / "s00", dim=2, map_bytes=MAP_BYTES)
 
 
