@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import click
 
-import agentmem_client as client
+if TYPE_CHECKING:
+    import agentmem_client as client
 
 
 class Exit(IntEnum):
@@ -48,6 +50,8 @@ class CommandFailed(Exception):
 
 def exit_of(error: client.AgentMemError) -> Exit:
     """The exit code of a client's error."""
+    import agentmem_client as client  # here: commands without a client need not wait for it
+
     match error:
         case client.NotFound():
             return Exit.NOT_FOUND
@@ -65,6 +69,8 @@ def exit_of(error: client.AgentMemError) -> Exit:
 
 def failure(error: client.AgentMemError) -> CommandFailed:
     """A client's error as a person should read it: what, and what to do next."""
+    import agentmem_client as client
+
     hint = ""
     if isinstance(error, client.ConnectionFailed):
         hint = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentmem_node.cli.main import run
+from agentmem_node.cli.app import run
 
 fake = runpy.run_path(str(Path(__file__).parent.parent / "client" / "conftest.py"))["fake"]
 

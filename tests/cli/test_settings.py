@@ -14,9 +14,9 @@ import click
 import pytest
 
 from agentmem_node.cli import checks
+from agentmem_node.cli.app import cli, run
 from agentmem_node.cli.checks import Verdict
 from agentmem_node.cli.exits import MEANINGS, Exit
-from agentmem_node.cli.main import cli, run
 from agentmem_node.config import KEYS, load
 from agentmem_node.security.keys import hash_key
 
