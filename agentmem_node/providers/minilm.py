@@ -47,10 +47,16 @@ class MiniLmEngine:
     def __init__(self, directory: Path, threads: int) -> None:
         # Tokenising is 1 % of the work; a pool of threads for it only disturbs the others.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # onnxruntime's wheel holds a telemetry client that starts when it is imported. A memory
+        # store reports to nobody.
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         from fastembed import TextEmbedding  # 0.5 s: only where a model is wanted
 
         self._model: Any = TextEmbedding(
-            MODEL_NAME, specific_model_path=str(directory), threads=threads
+            MODEL_NAME,
+            specific_model_path=str(directory),
+            cache_dir=str(directory.parent),  # or it makes one in the system's temporary folder
+            threads=threads,
         )
         self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self._tokenizer.no_padding()

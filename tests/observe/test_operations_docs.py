@@ -10,7 +10,7 @@ import click
 import pytest
 
 from agentmem_cluster import errors
-from agentmem_node.cli.main import cli
+from agentmem_node.cli.app import cli
 from agentmem_node.config import KEYS, load
 from agentmem_node.observe.metrics import InFlight, Metrics
 from agentmem_node.observe.snapshot import (
