@@ -1,25 +1,26 @@
 """One journal for all replica groups of a node: they share its writes and its syncs.
 
-group.append(...), group.set_vote(...)      buffered, on the loop
-job = journal.begin_flush()                 one write of all that is buffered, on the loop
-job.run()                                   one datasync, in a thread
-journal.flushed(job)                        durable_index moves, on the loop
+    group.append(...), group.set_vote(...)      buffered, on the loop
+    job = journal.begin_flush()                 one write of all that is buffered, on the loop
+    job.run()                                   one datasync, in a thread
+    journal.flushed(job)                        durable_index moves, on the loop
+
+`agentmem_cluster.journal.format` says what the bytes are, `recovery` how they are read back.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from enum import Enum
 from zlib import crc32
 
 from agentmem_cluster.journal import format as fmt
+from agentmem_cluster.journal.flush import Counters, FlushJob, JournalStats, Stage
 from agentmem_cluster.journal.format import GroupState, JournalCorrupt
 from agentmem_cluster.journal.group import GroupLog, Record
 from agentmem_cluster.journal.recovery import Recovered, recover
 from agentmem_cluster.journal.runs import TOKEN_BASE, Run
 from agentmem_cluster.journal.segments import Segments, Tidying, is_no_space
-from agentmem_cluster.runtime import Clock, Disk, File
+from agentmem_cluster.runtime import Clock, Disk
 
 __all__ = ["FlushJob", "GroupLog", "Journal", "JournalCorrupt", "JournalStats"]
 
@@ -31,60 +32,6 @@ _RELOCATED_BYTES_MAX = 4 << 20
 _SEGMENTS_KEPT = 2
 
 
-_SLOWEST_OF_S = 60.0
-
-
-@dataclass(slots=True)
-class JournalStats:
-    """Counters since the journal was opened; `sync_seconds_max` is of the last minute or two."""
-
-    size_bytes: int = 0
-    segments: int = 0
-    written_bytes: int = 0
-    syncs: int = 0
-    sync_seconds: float = 0.0
-    sync_seconds_max: float = 0.0
-
-
-class _Stage(Enum):
-    WRITTEN = "written"
-    SYNCED = "synced"
-    FAILED = "failed"
-
-
-class FlushJob:
-    """What one flush wrote. `run` makes it durable, and may be called in another thread."""
-
-    def __init__(self, journal: Journal, tidying: Tidying) -> None:
-        self._journal = journal
-        self.stage = _Stage.WRITTEN
-        self.tidying = tidying
-        self.file: File | None = None  # None: nothing was written, there is only tidying to do
-        self.data = b""
-        self.offset = 0
-        self.sequence = 0
-        self.new_segment = False
-        self.covers: dict[GroupLog, tuple[int, int]] = {}  # last index, hard state changes
-        self.oldest_needed: int | None = None
-        self.sync_s = 0.0
-        self.erased_file: File | None = None
-
-    def run(self) -> None:
-        """Raises OSError; after ENOSPC `begin_flush` writes the same again."""
-        self.stage = _Stage.FAILED
-        if self.file is not None:
-            begun_s = self._journal.now_s()
-            if self.erased_file is not None:
-                self.erased_file.datasync()
-            self.file.datasync()
-            if self.new_segment:
-                self._journal.sync_names()
-            self.sync_s = self._journal.now_s() - begun_s
-            self._journal.mark(self.sequence)
-        self.tidying.run()
-        self.stage = _Stage.SYNCED
-
-
 class Journal:
     """Made by `open`. `recovered` says what recovery found, and what it cut."""
 
@@ -94,9 +41,7 @@ class Journal:
         self.path = path
         self._disk = disk
         self._clock = clock
-        self._stats = JournalStats()
-        self._slowest = (0.0, 0.0)  # of the minute before, and of this one
-        self._minute_began_s = self.now_s()
+        self._counters = Counters(self.now_s())
         self._window_bytes_max = window_bytes
         self._segments = Segments(disk, path, segment_bytes)
         mark_name = f"{path}/synced"
@@ -199,7 +144,7 @@ class Journal:
         """
         job = self._flight
         if job is not None:
-            if job.stage is not _Stage.FAILED:
+            if job.stage is not Stage.FAILED:
                 raise RuntimeError("a flush is in flight")
             if job.file is not None:
                 job.file.pwrite(job.data, job.offset)
@@ -215,14 +160,14 @@ class Journal:
 
     def flushed(self, job: FlushJob) -> None:
         """Note that `job` ran: what it covers is durable."""
-        if job is not self._flight or job.stage is not _Stage.SYNCED:
+        if job is not self._flight or job.stage is not Stage.SYNCED:
             raise RuntimeError("that flush did not run, or is not the one in flight")
         self._flight = None
         self._dead = job.tidying.finish()
         if job.file is None:
             return
         self._synced = job.sequence
-        self._count(job)
+        self._counters.count(job, self.now_s())
         for group, (last_index, hard_changes) in job.covers.items():
             group.flushed(last_index, hard_changes)
         if job.oldest_needed is not None:
@@ -323,22 +268,8 @@ class Journal:
         )
         return Tidying(self._segments, list(self._dead), following if wanted else None)
 
-    def _count(self, job: FlushJob) -> None:
-        stats = self._stats
-        stats.syncs += 1
-        stats.written_bytes += len(job.data)
-        stats.sync_seconds += job.sync_s
-        now_s = self.now_s()
-        if now_s - self._minute_began_s > _SLOWEST_OF_S:
-            self._minute_began_s = now_s
-            self._slowest = (self._slowest[1], 0.0)
-        self._slowest = (self._slowest[0], max(self._slowest[1], job.sync_s))
-
     def stats(self) -> JournalStats:
-        self._stats.size_bytes = self.bytes_used
-        self._stats.segments = len(self._segments.numbers())
-        self._stats.sync_seconds_max = max(self._slowest)
-        return self._stats
+        return self._counters.stats(self.bytes_used, len(self._segments.numbers()))
 
     def now_s(self) -> float:
         return 0.0 if self._clock is None else self._clock.monotonic()

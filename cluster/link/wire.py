@@ -1,11 +1,13 @@
 """What travels on a link, and how an error crosses it.
 
-[HELLO, protocol, cluster id, node id, session]    first, both ways
-[RAFT, [frame, ...]]
-[CALL, id, method, body, timeout_ms]
-[REPLY, id, result] | [ERROR, id, {code, message, hint, details, retry_after_s}]
-[CANCEL, id]                                       the caller no longer waits
-[PING] | [PONG]
+    [HELLO, protocol, cluster id, node id, session]    first, both ways
+    [RAFT, [frame, ...]]
+    [CALL, id, method, body, timeout_ms]
+    [REPLY, id, result] | [ERROR, id, {code, message, hint, details, retry_after_s}]
+    [CANCEL, id]                                       the caller no longer waits
+    [PING] | [PONG]
+
+Each is one msgpack list behind four bytes of length (`agentmem_cluster.frames`).
 """
 
 from __future__ import annotations

@@ -341,6 +341,34 @@ def test_a_restarted_peer_is_found_again_at_a_higher_session(run: Run, folder: P
     run(story())
 
 
+def test_a_peer_that_dials_again_replaces_its_half_open_connection(run: Run, folder: Path) -> None:
+    """A machine lost power and is back before anybody noticed."""
+
+    async def story() -> None:
+        patient = LinkLimits(silence_s_max=60, ping_s=20)
+        b = make(folder, "n2", limits=patient)
+        told: list[Any] = []
+        b.on_up = lambda peer, session: told.append(("up", session))
+        b.on_down = lambda peer: told.append("down")
+        await b.start()
+        b.set_peers({"n1": "127.0.0.1:1"})
+        lost, back = make(folder, "n1", limits=patient), make(folder, "n1", limits=patient)
+        await lost.start()
+        lost.set_peers({"n2": f"127.0.0.1:{b.port}"})
+        await until(lambda: told == [("up", 1)])
+        hanging = asyncio.create_task(b.call("n1", "never", {}, timeout=30))
+        lost.register("never", lambda _peer, _body: asyncio.sleep(60))
+        await back.start()
+        back.set_peers({"n2": f"127.0.0.1:{b.port}"})
+        await until(lambda: told[:3] == [("up", 1), "down", ("up", 2)])
+        with pytest.raises((Unavailable, BadRequest)):
+            await asyncio.wait_for(hanging, 2)
+        for link in (lost, back, b):
+            await link.close()
+
+    run(story())
+
+
 def test_a_peer_that_falls_silent_is_noticed(run: Run, folder: Path) -> None:
     """A cut cable: TCP says nothing. A relay stands in for it, and stops relaying."""
 
