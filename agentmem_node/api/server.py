@@ -141,6 +141,8 @@ class HttpServer:
             reply = error_reply(error)
             reply.headers_raw += b"Allow: %b\r\n" % error.allowed.encode()
         except AgentMemError as error:
+            if error.status == 500:
+                _log.error("request %s (%s %s)", request_id, method, template, exc_info=error)
             reply = error_reply(error, close=not request.content.is_eof())
         except ConnectionError:
             raise

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agentmem_cluster.errors import InternalError
+
 Run = Callable[..., None]
 MEMORIES = "/api/v1/memories"
 SEARCH = "/api/v1/memories/search"
@@ -336,6 +338,20 @@ def test_a_bug_is_answered_500_with_an_id_and_nothing_else(
 
     run(scenario)
     assert any("req-17" in record.getMessage() for record in caplog.records)
+
+
+def test_an_internal_error_of_the_service_is_logged_with_its_request(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(node: Any) -> None:
+        async def fail(name: str) -> None:
+            raise InternalError("The index is inconsistent.")
+
+        node.service.before = fail
+        check_error(await node.get("/memories", X_Request_Id="req-18"), 500, "internal")
+
+    run(scenario)
+    assert any("req-18" in record.getMessage() for record in caplog.records)
 
 
 def test_concurrent_bad_requests_leave_no_place_taken(run: Run) -> None:
