@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -68,3 +69,8 @@ def words(text: str) -> list[str]:
 @pytest.mark.parametrize("word", ["tea", "oolong", "rooibos"])
 def test_the_search_that_the_demo_suggests_has_something_to_find(word: str) -> None:
     assert any(word in turn["content"].lower() for turn in conversations())
+
+
+def test_the_documentation_names_the_number_of_turns() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "demo.md").read_text()
+    assert f"It loads {len(conversations())}\nmemories" in text
