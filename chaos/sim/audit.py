@@ -17,11 +17,14 @@ from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.machine import MachineStore
 from agentmem_cluster.journal.group import GroupLog
 from agentmem_cluster.journal.journal import Journal
-from agentmem_cluster.raft.api import Applied, GroupSpec
+from agentmem_cluster.raft.api import GroupSpec
 from agentmem_cluster.raft.frames import Kind
 
-ANSWERS_EVERY_S = 4.0
+COMMITTED_EVERY_S = 3.0
 APPENDED_SAMPLE = 0.003
+# After a log shrank all is audited for a while: a flush that was under way then must not make
+# the entries durable that replaced those it wrote.
+APPENDED_AFTER_TRUNCATION = 10
 
 
 class Machine(Protocol):
@@ -48,31 +51,36 @@ class Auditor:
         self._judge = judge
         self._chance = chance
         self._now_s = now_s
-        self._next_answer_s = 0.0
+        self._next_s = 0.0
+        self._said: dict[tuple[str, str], int] = {}
+        self._closely: dict[tuple[str, str], int] = {}
         self.audits = 0
 
-    def answered(self, group: GroupSpec, answer: Applied) -> None:
-        """A write is being acknowledged: a quorum must have it through a power loss of all."""
-        if self._now_s() < self._next_answer_s:
+    def committed(self, group: GroupSpec, index: int, term: int) -> None:
+        """An entry is applied or acknowledged: a quorum must have it through a power loss of all.
+
+        pysyncobj lets a leader count itself for what it has not synced: then this is where an
+        entry that one disk holds is applied by a follower, long before anything is lost.
+        """
+        if self._now_s() < self._next_s:
             return
-        self._next_answer_s = self._now_s() + ANSWERS_EVERY_S
+        self._next_s = self._now_s() + self._chance.expovariate(1 / COMMITTED_EVERY_S)
         holders = []
         for name in group.members:
             machine = self._machines[name]
-            if machine.stores[group.id].durable.applied_index >= answer.index:
+            if machine.stores[group.id].durable.applied_index >= index:
                 holders.append(name)
                 continue
             log = self._log(machine, group)
             if log is None:
                 return  # accused already
-            within = log.first_index <= answer.index <= log.last_index
-            if within and log.term_at(answer.index) == answer.term:
+            if log.first_index <= index <= log.last_index and log.term_at(index) == term:
                 holders.append(name)
         if len(holders) <= len(group.members) // 2:
             self._judge.accuse(
                 "durable rule",
-                f"{group.id}/{answer.index} was acknowledged when only {holders} "
-                f"of {list(group.members)} would have kept it through a power loss",
+                f"{group.id}/{index} counted as committed when only {holders} of "
+                f"{list(group.members)} would have kept it through a power loss",
             )
 
     def speaks(self, machine: Machine, peer: str, frames: list[Any]) -> None:
@@ -83,8 +91,18 @@ class Auditor:
                 self._voted(machine, group, term, peer)
             elif kind == Kind.ASK_VOTE:
                 self._voted(machine, group, term, machine.name)
-            elif kind == Kind.APPENDED and self._chance.random() < APPENDED_SAMPLE:
+            elif kind == Kind.APPENDED and self._is_sampled(machine.name, group.id, frame[6]):
                 self._has_entries(machine, group, term, frame[6])
+
+    def _is_sampled(self, name: str, group: str, index: int) -> bool:
+        where = (name, group)
+        if index < self._said.get(where, 0):
+            self._closely[where] = APPENDED_AFTER_TRUNCATION
+        self._said[where] = index
+        if self._closely.get(where, 0) > 0:
+            self._closely[where] -= 1
+            return True
+        return self._chance.random() < APPENDED_SAMPLE
 
     def _voted(self, machine: Machine, group: GroupSpec, term: int, candidate: str) -> None:
         log = self._log(machine, group)

@@ -69,7 +69,8 @@ class Judge:
     def booted(self, node: str, group: str, applied_index: int) -> None:
         self._next_index[node, group] = applied_index + 1
 
-    def applied(self, node: str, group: str, entry: Entry, effect: Effect, digest: bytes) -> None:
+    def applied(self, node: str, group: str, entry: Entry, effect: Effect, digest: bytes) -> bool:
+        """A replica applied an entry. True when it is the first to apply this one."""
         expected = self._next_index[node, group]
         if entry.index != expected:
             self.accuse("gapless apply", f"{node} applied {group}/{entry.index}, not {expected}")
@@ -96,6 +97,7 @@ class Judge:
                 self.accuse(
                     "exactly once", f"{request} took effect at {group}/{index} and {entry.index}"
                 )
+        return first is here
 
     def leads(self, node: str, group: str, term: int) -> None:
         other = self._leader_of.get((group, term))

@@ -55,7 +55,8 @@ class SimNode:
         self.journal: Journal | None = None
         self.machines: dict[str, RegisterMachine] = {}
         self.paused = False
-        self.slowness = 1.0
+        self.own_slowness = plan.slowness[plan.nodes.index(name)]
+        self.slowness = 1.0  # a fault's, on top of its own
         self.boot_number = 0
         self.fsync_failed = False  # since this boot: the process may stop itself
         self._parts = parts
@@ -109,7 +110,8 @@ class SimNode:
 
     def _found(self, core: NodeCore, spec: GroupSpec) -> None:
         def observe(entry: Entry, effect: Effect, digest: bytes) -> None:
-            self._judge.applied(self.name, spec.id, entry, effect, digest)
+            if self._judge.applied(self.name, spec.id, entry, effect, digest):
+                self._auditor().committed(spec, entry.index, entry.term)
 
         machine = self._parts.make_machine(self.stores[spec.id], observe)
         self.machines[spec.id] = machine
@@ -197,7 +199,7 @@ class SimNode:
         if self._flushing:
             self._judge.accuse("one flush at a time", f"{self.name} began a second one")
         self._flushing = True
-        sync_s = self._chance.uniform(*self.plan.sync_s) * self.slowness
+        sync_s = self._sync_s()
         if not self._parts.syncs_before_it_speaks:
             self.disk.syncs_at_once = False
             ready.job.run()
@@ -207,6 +209,9 @@ class SimNode:
         # The sync is the kernel's: it ends on time even when the process is paused meanwhile.
         boot = self.boot_number
         self._schedule.after(sync_s, lambda: self._sync_ended(boot, ready))
+
+    def _sync_s(self) -> float:
+        return self._chance.uniform(*self.plan.sync_s) * self.own_slowness * self.slowness
 
     def _sync_ended(self, boot: int, ready: Ready) -> None:
         if not self.alive or boot != self.boot_number or ready.job is None:
@@ -234,7 +239,7 @@ class SimNode:
             self._auditor().speaks(self, peer, frames)
             self._net.send(self.name, peer, frames)
         for checkpoint in self._run(lambda core: core.take_checkpoints()) or ():
-            delay_s = self._chance.uniform(*self.plan.sync_s) * self.slowness * 3
+            delay_s = self._sync_s() * self._chance.uniform(0.1, 3.0)
             boot = self.boot_number
             self._schedule.after(delay_s, lambda b=boot, c=checkpoint: self._checkpoint(b, c))  # type: ignore[misc]
 
@@ -338,7 +343,7 @@ class SimNode:
             def done(outcome: Applied | AgentMemError) -> None:
                 if isinstance(outcome, Applied):
                     self._judge.acknowledged_write(self.name, group, command, outcome)
-                    self._auditor().answered(self.groups[group], outcome)
+                    self._auditor().committed(self.groups[group], outcome.index, outcome.term)
                 answer(outcome, at_once)
 
             self._run(lambda core: core.propose(group, command.encode(), done))

@@ -21,6 +21,7 @@ SECONDS_DEFAULT = 60.0
 # third of it, a short one still leaves time for elections, reconnection and catching up.
 CALM_SHARE = 0.3
 CALM_S_MIN = 14.0
+SYNC_S_MAX = 0.3
 
 
 class Fault(Enum):
@@ -70,6 +71,7 @@ class WorldPlan:
     net: NetPlan
     fault_every_s: dict[Fault, float]
     sync_s: tuple[float, float]
+    slowness: tuple[float, ...]  # of each node's disk: machines are rarely alike
     loop_s: tuple[float, float]
     boot_s: tuple[float, float]
     clients: int
@@ -102,6 +104,7 @@ class WorldPlan:
         drawn = chance.choice([3, 3, 5])
         names = tuple(f"n{i + 1}" for i in range(nodes or drawn))
         slow_net = chance.random() < 0.3
+        sync_s = chance.choice([(0.0001, 0.001), (0.001, 0.01), (0.002, 0.06)])
         return cls(
             seed=seed,
             seconds=seconds,
@@ -115,19 +118,20 @@ class WorldPlan:
                 reconnect_s=(0.01, chance.choice([0.1, 0.5])),
             ),
             fault_every_s=_faults(chance),
-            sync_s=chance.choice([(0.0001, 0.001), (0.001, 0.01), (0.002, 0.06)]),
+            sync_s=sync_s,
+            slowness=_slowness(chance, sync_s[1], len(names)),
             loop_s=chance.choice([(0.0, 0.0002), (0.0001, 0.002)]),
             boot_s=(0.02, chance.choice([0.2, 1.0])),
             clients=chance.randint(2, 6),
             keys_per_group=chance.randint(1, 5),
             quiet_groups=chance.random() < 0.3,
             think_s=chance.choice([(0.0, 0.1), (0.05, 0.3), (0.1, 0.6)]),
-            padding_bytes_max=chance.choice([0, 0, 100, 4_000]),
+            padding_bytes_max=chance.choice([0, 0, 100, 10_000]),
             segment_bytes=chance.choice([4 << 10, 16 << 10, 64 << 10, 1 << 20]),
             state_needs_room=chance.random() < 0.5,
             checkpoint_entries=chance.choice([20, 100, 1_000]),
             checkpoint_s=chance.choice([1.0, 10.0, 60.0]),
-            tail_bytes=chance.choice([300 << 10, 1 << 20, 32 << 20]),
+            tail_bytes=chance.choice([1, 1 << 20, 32 << 20]),
             append_bytes_max=chance.choice([500, 1 << 20]),
             inflight_appends_max=chance.choice([1, 4, 256]),
             queue_commands_max=chance.choice([8, 10_000]),
@@ -142,6 +146,15 @@ def _groups(chance: random.Random, nodes: tuple[str, ...]) -> tuple[GroupSpec, .
             GroupSpec(f"s{number:02}", 1, tuple(sorted(chance.sample(nodes, min(3, len(nodes))))))
         )
     return tuple(groups)
+
+
+def _slowness(chance: random.Random, sync_s: float, nodes: int) -> tuple[float, ...]:
+    """At most one slow disk, and never so slow that nobody can be elected with it."""
+    slowness = [1.0] * nodes
+    if chance.random() < 0.5:
+        slowest = max(1.0, SYNC_S_MAX / sync_s)
+        slowness[chance.randrange(nodes)] = min(slowest, chance.choice([5.0, 20.0, 100.0]))
+    return tuple(slowness)
 
 
 def _faults(chance: random.Random) -> dict[Fault, float]:
