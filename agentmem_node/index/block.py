@@ -16,6 +16,7 @@ import numpy as np
 from agentmem_node.index.analysis import Analyzer
 from agentmem_node.index.columns import Coded, Columns, Floats, Ints
 from agentmem_node.index.defaults import RankingDefaults
+from agentmem_node.index.graph import BlockGraph
 from agentmem_node.index.postings import Postings
 from agentmem_node.index.runs import RunLinks
 from agentmem_node.index.source import IndexDoc
@@ -47,6 +48,7 @@ class Block:
         self.vectors = VectorRows(dim)
         self.terms_total = 0  # over live memories: the average length is exact
         self.generation = 0  # counts changes
+        self.graph: BlockGraph | None = None  # of a large block
         self.text_space: int | None = None  # in the node's index of phrases, once one was sought
         self.on_text: Callable[[int, str | None], None] | None = None  # doc, text; None: removed
         self._analyzer = analyzer
@@ -182,6 +184,9 @@ class Block:
                 floats = np.frombuffer(b"".join([v for _, v in held if v]), dtype="<f4")
                 at: Ints = np.array([row for row, _ in held], dtype=np.int64)
                 self.vectors.put(at, floats.reshape(len(held), self.vectors.dim))
+                if self.graph is not None:
+                    for row, _ in held:
+                        self.graph.changed(row)
         for row, doc in zip(rows, docs, strict=True):
             memory = doc.memory
             if memory.run_id is not None:
@@ -202,6 +207,8 @@ class Block:
         self.links.remove(row)
         if self.vectors.dim:
             self.vectors.clear(row)
+            if self.graph is not None:
+                self.graph.changed(row)
 
     def _pack_if_sparse(self) -> None:
         dead = self.columns.n - 1 - self.columns.live
@@ -216,6 +223,8 @@ class Block:
         self.postings.renumber(new_row)
         self.links.renumber(kept, new_row)
         self.vectors.keep(kept)
+        if self.graph is not None:
+            self.graph.forget()
         self.columns.keep(kept)
 
 

@@ -119,7 +119,8 @@ def _totals(
 
 
 def _spread(scored: Scored, weight: float, defaults: RankingDefaults) -> Floats | float:
-    error = defaults.rescore_steps / scored.block.vectors.scale * weight
+    assert scored.vector is not None
+    error = defaults.rescore_deviations * scored.vector.deviation * weight
     if not scored.with_text:
         return error + _ROUNDING
     spread = scored.block.context().exposure * error
@@ -205,6 +206,15 @@ def _exclude(scores: Floats, scored: Scored, members: Bools | None) -> None:
     if members is not None:
         scores[~members] = -1.0
     scores[0] = -1.0
+
+
+def best_rows(scores: Floats, mask: Bools | None, n: int) -> Ints:
+    """Rows of about the `n` best positive scores (more, where scores are equal)."""
+    if mask is not None:
+        scores = np.where(mask, scores, 0.0)
+    least = max(_nth_largest(scores, n), 1e-12)
+    rows: Ints = (scores >= least).nonzero()[0]
+    return rows[rows > 0]
 
 
 def _nth_largest(values: Floats, n: int) -> float:

@@ -13,21 +13,18 @@ from typing import Final
 import numpy as np
 
 from agentmem_node.index import scoring, selection
-from agentmem_node.index.analysis import QueryTerms, analyzer, query_terms
+from agentmem_node.index.analysis import QueryTerms, query_terms
 from agentmem_node.index.block import Block
 from agentmem_node.index.blocks import BlockKey, Blocks
-from agentmem_node.index.columns import Bools, Floats
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.fusion import Fused, LegResults, fuse
-from agentmem_node.index.masks import allowed_rows
+from agentmem_node.index.graph import GraphBuilder
+from agentmem_node.index.leg_scores import LegScorer
 from agentmem_node.index.postings import Found
 from agentmem_node.index.scoring import TextStats
-from agentmem_node.index.selection import Scored
 from agentmem_node.index.source import Change, Source
 from agentmem_node.index.text_engine import TextEngine
-from agentmem_node.index.text_legs import TextQuery, fuzzy_scores, phrase_scores
 from agentmem_node.index.text_space import TextSpaces
-from agentmem_node.index.vectors import QueryVector
 from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import Hit, LegName, SearchQuery
 
@@ -69,6 +66,7 @@ class ShardIndex:
         shard_id: str = "",
         dim: int | None = None,
         text_engine: TextEngine | None = None,
+        graphs: GraphBuilder | None = None,
         defaults: RankingDefaults | None = None,
         blocks_bytes_max: int = _BLOCKS_BYTES_MAX,
     ) -> None:
@@ -76,12 +74,14 @@ class ShardIndex:
         self.defaults = defaults or RankingDefaults()
         self._source = source
         self._texts = TextSpaces(text_engine, source.memory)
+        self._graphs = graphs or GraphBuilder()
+        self._scorer = LegScorer(self.defaults, self._texts, self._graphs, source.memory)
         self._blocks = Blocks(
             source,
             source.dim if dim is None else dim,
             self.defaults,
             blocks_bytes_max,
-            self._texts.drop,
+            self._forget,
         )
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -117,7 +117,13 @@ class ShardIndex:
         }
 
     def close(self) -> None:
-        """Nothing to flush: all of it is derived."""
+        """End what works in the background. There is nothing to flush: all of it is derived."""
+        self._graphs.close()
+
+    def _forget(self, block: Block) -> None:
+        self._texts.drop(block)
+        if block.graph is not None:
+            block.graph.forget()
 
     # -- searching ----------------------------------------------------------------------
 
@@ -130,7 +136,9 @@ class ShardIndex:
         legs = active_legs(query, self.defaults)
         if query.fusion == "weighted" and not query.explain and legs and block.columns.live:
             # The page of the only shard is the answer: `fuse` would find nothing to do.
-            scored = self._scored(block, query, legs, terms, found, stats)
+            scored = self._scorer.score(
+                block, query, legs, owner_of_query(query.scope), terms, found, stats
+            )
             page = selection.weighted_page(scored, query, self.defaults, self._source.vectors)
             records = self._source.records(page.docs[: query.top_k])
             hits = list(map(Hit, page.ids, page.scores, records))
@@ -172,7 +180,9 @@ class ShardIndex:
     ) -> LegResults:
         if not legs or not block.columns.live:
             return LegResults([], [[] for _ in legs])
-        scored = self._scored(block, query, legs, terms, found, stats)
+        scored = self._scorer.score(
+            block, query, legs, owner_of_query(query.scope), terms, found, stats
+        )
         read = self._source.vectors
         ranked: list[selection.RankedRows] = []
         if query.explain or query.fusion == "rrf":
@@ -186,52 +196,6 @@ class ShardIndex:
             for candidate, record in zip(candidates, records, strict=False):
                 candidate.record = record
         return LegResults(candidates, [[(s, key) for s, key, _ in leg] for leg in ranked])
-
-    def _scored(
-        self,
-        block: Block,
-        query: SearchQuery,
-        legs: Sequence[tuple[LegName, float]],
-        terms: QueryTerms,
-        found: Found,
-        stats: TextStats,
-    ) -> Scored:
-        read = self._source.memory
-        owner = owner_of_query(query.scope)
-        mask = allowed_rows(block, query.scope, owner, query.filter, query.now_ms, read)
-        n = block.columns.n
-        with_text = bool(query.text)
-        vector: QueryVector | None = None
-        cosines: Floats | None = None
-        scores: list[Floats] = []
-        members: list[Bools | None] = []
-        for name, _ in legs:
-            known: Bools | None = None
-            if name == "vector":
-                vector = QueryVector(query.vector or b"", block.vectors.scale)
-                cosines = block.vectors.scan(vector, n)
-                leg = scoring.vector_scores(block, cosines, with_text=with_text)
-                if block.columns.without_vector:
-                    known = block.columns.has_vector[:n]
-            elif name == "bm25":
-                sums = None
-                if len(terms.keys) and stats.memories:
-                    sums = scoring.bm25_scores(block, terms, found, stats, self.defaults)
-                leg = np.zeros(n) if sums is None else sums
-                known = leg > 0
-            elif name == "recency":
-                leg = scoring.recency_scores(block, query.now_ms, self.defaults)
-            elif name == "importance":
-                leg = scoring.importance_scores(block)
-            else:
-                text = TextQuery.of(query.text or "", analyzer(query.language))
-                self._texts.fill(block)
-                score = phrase_scores if name == "phrase" else fuzzy_scores
-                leg = score(block, text, self._texts.engine, mask, read)
-                known = leg > 0
-            scores.append(leg)
-            members.append(known)
-        return Scored(block, legs, scores, members, mask, vector, cosines, with_text)
 
 
 def _key(query: SearchQuery) -> BlockKey:

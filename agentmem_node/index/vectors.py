@@ -33,7 +33,7 @@ def scale_of(dim: int) -> float:
 class QueryVector:
     """A query as the scan and the exact score need it."""
 
-    __slots__ = ("codes", "exact", "unit")
+    __slots__ = ("codes", "deviation", "exact", "unit")
 
     def __init__(self, vector: bytes, scale: float) -> None:
         floats = np.frombuffer(vector, dtype="<f4").astype(np.float64)
@@ -42,6 +42,8 @@ class QueryVector:
         factor = _CODE_MAX / largest
         self.codes: Codes = np.rint(floats * factor).astype(np.int8).reshape(1, -1)
         self.unit = 1.0 / (scale * factor)  # a product of codes, times this, is a cosine
+        # Rounding errors are even within a step, of the rows and of the query alike.
+        self.deviation = math.sqrt((1.0 / scale**2 + 1.0 / factor**2) / 12.0)
         self.exact: Floats = np.rint(floats * _GRID)
 
 
@@ -76,13 +78,17 @@ class VectorRows:
     def clear(self, row: int) -> None:
         self.codes[row] = 0
 
+    def gather(self, query: QueryVector, rows: Ints) -> Floats:
+        """The same numbers as `scan`, of some rows."""
+        return _products(query.codes, self.codes[rows]) * query.unit
+
     def keep(self, rows: Ints) -> None:
         """Forget all rows but these, in this order."""
         self.codes = self.codes[rows]
 
-    def scan(self, query: QueryVector, rows: int) -> Floats:
-        """Cosines, as far as int8 knows them, of the first `rows` rows."""
-        return _products(query.codes, self.codes[:rows]) * query.unit
+    def scan(self, query: QueryVector, rows: int, start: int = 0) -> Floats:
+        """Cosines, as far as int8 knows them, of the rows from `start` to `rows`."""
+        return _products(query.codes, self.codes[start:rows]) * query.unit
 
     def bytes_used(self) -> int:
         return self.codes.nbytes

@@ -87,9 +87,10 @@ class MemorySource:
     def scan(self, tenant: str, owner: str | None) -> Iterator[IndexDoc]:
         for number in sorted(self.docs):
             doc = self.docs.get(number)
-            if doc is not None and doc.tenant == tenant:
-                if owner is None or doc.memory.scope.owner == owner:
-                    yield doc
+            if doc is None or doc.tenant != tenant:
+                continue
+            if owner is None or doc.memory.scope.owner == owner:
+                yield doc
 
     def count(self, tenant: str, owner: str | None) -> int:
         return sum(1 for _ in self.scan(tenant, owner))
