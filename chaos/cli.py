@@ -130,9 +130,8 @@ def summary(outcomes: list[Outcome]) -> Table:
     if len(outcomes) == 1:
         rows["trace"] = outcomes[0].result.trace_hash
     for name, value in rows.items():
-        table.add_row(
-            name, Text(value, style="red" if value[0] != "0" and name == "violations" else "")
-        )
+        bad = name == "violations" and not value.startswith("0 ")
+        table.add_row(name, Text(value, style="red" if bad else ""))
     return table
 
 
