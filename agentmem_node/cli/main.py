@@ -12,10 +12,19 @@ def main() -> NoReturn:
     # Until a command runs there is nothing to clean up: Ctrl-C during the imports ends the
     # process at once, without the traceback of whatever was being imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from agentmem_node.cli.app import run
+    try:
+        from agentmem_node.cli.app import run
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(run(sys.argv[1:]))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(run(sys.argv[1:]))
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith("agentmem"):
+            raise
+        # The package alone is the client; commands and nodes need more.
+        sys.exit(
+            f"error: the package {missing.name!r} is missing. Install what the command line and "
+            "a node need: pip install 'agentmem-cluster[node]'"
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,18 @@ def test_certificates_are_made_for_every_node_and_missing_ones_are_added(
 def test_versions_are_told(agentmem: Any) -> None:
     assert re.match(r"\d+\.\d+", agentmem("version").json["python"])
     assert "pysyncobj" in agentmem("version", terminal=True).out
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
+    program = (
+        "import sys; sys.modules['click'] = None\nfrom agentmem_node.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == Exit.FAILED
+    assert "'click'" in done.stderr and "agentmem-cluster[node]" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # -- doctor -----------------------------------------------------------------------------------
