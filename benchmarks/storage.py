@@ -105,7 +105,9 @@ def measure(scale: float, progress: Callable[[str], None]) -> list[Row]:
         rows += [
             _per_second("adds, 100 a command", count, spent, 25_000),
             Row("longest of these applies", longest * 1e3, "ms", 50, lower_is_better=True),
-            Row("file before its first checkpoint", shard.stats()["bytes"] / count, "bytes a memory"),
+            Row(
+                "file before its first checkpoint", shard.stats()["bytes"] / count, "bytes a memory"
+            ),
         ]
         rows += _checkpoint(shard)
         progress("reading")

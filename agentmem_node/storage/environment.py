@@ -70,7 +70,7 @@ class CheckpointJob:
     """Makes one snapshot durable. `run` may be called in any thread.
 
     It raises DiskFull when there was no room for the checkpoint file, and may then be called
-    again; after any other OSError it is unknown what the disk holds, and the process must stop.
+    again. After any other error it is unknown what the disk holds, and the process must stop.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, pin: Any) -> None:
@@ -80,16 +80,23 @@ class CheckpointJob:
 
     def run(self) -> None:
         # Its own descriptor: the environment may be closed meanwhile.
-        fd = os.open(self._folder / DATA_NAME, os.O_RDWR | os.O_CLOEXEC)
+        path = self._folder / DATA_NAME
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             _datasync(fd)
+        except OSError as error:
+            # Not even for want of room may this be tried again: the kernel may have dropped the
+            # pages that it could not write, and the next sync would then succeed without them.
+            raise InternalError(
+                f"{path} could not be synced: {error.strerror}.",
+                hint="Start the node again; nothing acknowledged is lost.",
+            ) from error
         finally:
             os.close(fd)
         try:
             write_checkpoint(self._folder, self.checkpoint)
         except OSError as error:
-            # A failed sync of the data must not be tried again (the kernel may have dropped
-            # what it could not write), but this file is written from its beginning each time.
+            # This file is written from its beginning each time.
             if error.errno not in _FULL:
                 raise
             raise _disk_full(self._folder, error) from error

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentmem_cluster.errors import DiskFull, InternalError
+from agentmem_node.storage import environment
 from agentmem_node.storage.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -132,6 +133,25 @@ def test_an_onlooker_with_the_lock_file_open_does_not_spoil_a_restart(tmp_path: 
     finally:
         onlooker.kill()
         onlooker.communicate(timeout=20)
+
+
+def test_a_failed_sync_of_the_data_is_never_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is tried again, but a second sync may succeed without what the first lost."""
+    env = Environment.create(tmp_path / "s00", ["rows"], b"0", MAP_BYTES)
+    env.state = lambda: b"1"
+    job = env.begin_checkpoint()
+    assert job is not None
+
+    def failing(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(environment, "_datasync", failing)
+    with pytest.raises(InternalError, match="could not be synced"):
+        job.run()
+    assert read_checkpoint(tmp_path / "s00").state == b"0"
+    env.close()
 
 
 def test_room_for_what_is_needed_now_is_enough(
