@@ -1,9 +1,9 @@
 """Committed entries reach the state machine, in order, in batches, once; then the log may shrink.
 
 The state machine never raises over a bad command: that is a result. If it raises, the local disk
-or memory has failed and the node stops. It is not retried: a retry applies the first part of a batch
-twice (pysyncobj retries for ever and wedges the group, D5). The one exception is a full disk,
-which the state machine reports before it has changed anything: the batch waits.
+or memory has failed and the node stops. It is not retried: a retry applies the first part of a
+batch twice (pysyncobj retries for ever and wedges the group, D5). The one exception is a full
+disk, which the state machine reports before it has changed anything: the batch waits.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ under way; inputs go on meanwhile, and what they make the node promise waits for
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -17,14 +16,16 @@ from typing import Any, Protocol
 
 from agentmem_cluster.errors import AgentMemError, DiskFull, ShuttingDown, WrongShard
 from agentmem_cluster.raft.api import Applied, GroupSpec, GroupStatus, StateMachine
+from agentmem_cluster.raft.checkpoints import CheckpointJob, Checkpoints, is_full
 from agentmem_cluster.raft.frames import BOOT_BYTES, well_formed
 from agentmem_cluster.raft.gate import Gate
 from agentmem_cluster.raft.group import Group
 from agentmem_cluster.raft.settings import RaftSettings
 from agentmem_cluster.runtime import Clock, Rng
 
+__all__ = ["CheckpointJob", "FlushJob", "NodeCore", "NodeJournal", "Ready"]
+
 log = logging.getLogger(__name__)
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FlushJob(Protocol):
@@ -47,12 +48,6 @@ class Ready:
     """Work for the driver: a flush to run, or only frames to send (`job` is None)."""
 
     job: FlushJob | None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointJob:
-    group_id: str
-    job: Any
 
 
 class NodeCore:
@@ -81,7 +76,7 @@ class NodeCore:
         self._up: dict[str, int] = {}
         self._told: list[tuple[Callable[[Any], None], Any]] = []
         self._telling = False
-        self._checkpoints: list[CheckpointJob] = []
+        self._checkpoints = Checkpoints(settings.disk_retry_s)
         self._disk_full: DiskFull | None = None
         self._disk_retry_s = 0.0
 
@@ -116,6 +111,7 @@ class NodeCore:
         if group is not None:
             self._active.pop(group_id, None)
             self._wakeups.pop(group_id, None)
+            self._checkpoints.forget(group_id)
             group.abandon()
             self._tell_all()
 
@@ -226,8 +222,9 @@ class NodeCore:
                     self._active[group_id] = None
                 job = group.checkpoint(now_s)
                 if job is not None:
-                    self._checkpoints.append(CheckpointJob(group_id, job))
+                    self._checkpoints.begin(group_id, job)
                 self._wakeups[group_id] = group.next_wakeup()
+            self._checkpoints.tick(now_s)
             job = self._begin_flush(now_s)
         except Exception as error:
             self._fail(error)
@@ -249,7 +246,7 @@ class NodeCore:
 
     def sync_failed(self, ready: Ready, error: OSError) -> None:
         """No room: the journal writes the same again later. Anything else stops the node."""
-        if error.errno in FULL:
+        if is_full(error):
             self._gate.flush_failed()
             self._wait_for_room(error, self._clock.monotonic())
         else:
@@ -264,6 +261,7 @@ class NodeCore:
         if self._active:
             return self._clock.monotonic()
         soonest = min(self._wakeups.values(), default=float("inf"))
+        soonest = min(soonest, self._checkpoints.next_wakeup())
         if self._disk_full is not None and not self._gate.flushing:
             # Nothing else would wake a node whose every promise waits for room.
             soonest = min(soonest, self._disk_retry_s)
@@ -272,14 +270,13 @@ class NodeCore:
     # -- checkpoints --
 
     def take_checkpoints(self) -> list[CheckpointJob]:
-        taken, self._checkpoints = self._checkpoints, []
-        return taken
+        return self._checkpoints.take()
 
     def checkpointed(self, checkpoint: CheckpointJob) -> None:
         """`checkpoint.job.run()` is done: the journal may let go of what it covers."""
-        group = self._groups.get(checkpoint.group_id)
-        if group is None or self.fatal is not None:
+        if self.fatal is not None or not self._checkpoints.done(checkpoint):
             return
+        group = self._groups[checkpoint.group_id]
         try:
             if group.checkpointed(checkpoint.job):
                 self._journal.reclaim()
@@ -288,7 +285,13 @@ class NodeCore:
         self._touch(checkpoint.group_id)
 
     def checkpoint_failed(self, checkpoint: CheckpointJob, error: BaseException) -> None:
-        self._fail(error)
+        """No room: the same job is run again later. Anything else stops the node."""
+        if not is_full(error):
+            self._fail(error)
+            return
+        self.counters["checkpoints_without_room"] += 1
+        if self._checkpoints.without_room(checkpoint, self._clock.monotonic()):
+            log.warning("a checkpoint of group %s waits for room: %s", checkpoint.group_id, error)
 
     # -- views --
 
@@ -324,7 +327,7 @@ class NodeCore:
         try:
             job = self._journal.begin_flush()
         except OSError as error:
-            if error.errno not in FULL:
+            if not is_full(error):
                 raise
             self._wait_for_room(error, now_s)
             return None

@@ -140,7 +140,7 @@ class Group:
     def synced(self) -> bool:
         """A flush has ended. True when it covered entries of this group."""
         durable: int = self.log.durable_index
-        moved = durable != self._durable
+        moved: bool = durable != self._durable
         self._durable = durable
         self._count = self._count or moved
         return moved

@@ -20,7 +20,8 @@ from agentmem_cluster.errors import (
     Unavailable,
 )
 from agentmem_cluster.raft.api import Applied, GroupSpec, GroupStatus, Role, StateMachine
-from agentmem_cluster.raft.core import CheckpointJob, NodeCore, NodeJournal, Ready
+from agentmem_cluster.raft.checkpoints import CheckpointJob
+from agentmem_cluster.raft.core import NodeCore, NodeJournal, Ready
 from agentmem_cluster.raft.deadlines import Deadlines
 from agentmem_cluster.raft.frames import bursts
 from agentmem_cluster.raft.settings import RaftSettings

@@ -83,7 +83,7 @@ class ReadIndex:
     # -- the leader's rounds --
 
     def begin_round(self, commit_index: int) -> list[Answer]:
-        """Everything that waits now joins `open_round`. Answers at once if there is nobody to ask."""
+        """All that wait now join `open_round`. Answers at once if there is nobody to ask."""
         self._round += 1
         self._round_index = commit_index
         self._round_acks.clear()

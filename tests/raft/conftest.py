@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
+import pytest
 
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_cluster.journal.journal import Journal
@@ -41,6 +42,18 @@ class SeededRng:
         return self._random.randbytes(size_bytes)
 
 
+@dataclass
+class ListCheckpoint:
+    machine: ListMachine
+    index: int
+    runs: int = 0
+
+    def run(self) -> None:
+        self.runs += 1
+        if self.machine.checkpoint_broken is not None:
+            raise self.machine.checkpoint_broken
+
+
 class ListMachine:
     """Applies commands by keeping them: the whole state is the list."""
 
@@ -50,6 +63,8 @@ class ListMachine:
         self.commands: list[bytes] = []
         self.batches: list[int] = []
         self.broken: Exception | None = None
+        self.checkpoint_broken: Exception | None = None
+        self.checkpoints = 0
 
     def apply(self, entries: Any) -> list[Any]:
         if self.broken is not None:
@@ -64,17 +79,14 @@ class ListMachine:
         self.applied_index = entries[-1].index
         return results
 
-    def checkpoint(self) -> Any:
-        index = self.applied_index
+    def checkpoint(self) -> ListCheckpoint | None:
+        if self.applied_index == self.durable_index:
+            return None
+        self.checkpoints += 1
+        return ListCheckpoint(self, self.applied_index)
 
-        class Job:
-            def run(self) -> None: ...
-
-        job = Job()
-        job.index = index  # type: ignore[attr-defined]
-        return job
-
-    def checkpoint_done(self, job: Any) -> None:
+    def checkpoint_done(self, job: ListCheckpoint) -> None:
+        assert job.machine is self
         self.durable_index = job.index
 
     def digest(self) -> bytes:
@@ -188,13 +200,24 @@ class World:
             self.pending[name] = ready
         if name not in self.hold_flush:
             self.flush(name)
+        for checkpoint in core.take_checkpoints():
+            try:
+                checkpoint.job.run()
+            except Exception as error:
+                core.checkpoint_failed(checkpoint, error)
+            else:
+                core.checkpointed(checkpoint)
 
     def flush(self, name: str) -> None:
         ready = self.pending.pop(name, None)
         if ready is not None:
             assert ready.job is not None
-            ready.job.run()
-            self.cores[name].synced(ready)
+            try:
+                ready.job.run()
+            except OSError as error:
+                self.cores[name].sync_failed(ready, error)
+            else:
+                self.cores[name].synced(ready)
             self.send(name)
 
     def send(self, name: str) -> None:
@@ -276,3 +299,9 @@ class World:
         for other in self.names:
             if other != name:
                 self.cut |= {(name, other), (other, name)}
+
+
+@pytest.fixture
+def world() -> type[World]:
+    """A maker of worlds."""
+    return World
