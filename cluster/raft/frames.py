@@ -17,6 +17,9 @@ from agentmem_cluster.raft.api import Entry
 BOOT_BYTES = 8
 # A read that the leader cannot serve now: it lost its role, or has committed nothing yet.
 NO_INDEX = -1
+# The journal keeps terms and indexes in 64 bits. What is near that limit is nobody's honest
+# count, and one more election or entry would overflow it on every member that believed it.
+NUMBER_MAX = 1 << 62
 
 
 class Kind(IntEnum):
@@ -67,10 +70,12 @@ def well_formed(frame: Any) -> bool:
         if type(value) is not wanted:
             return False
     shape = _SHAPES.get(frame[0])
-    if shape is None or len(frame) != HEAD + len(shape) or frame[4] < 0:
+    if shape is None or len(frame) != HEAD + len(shape) or not 0 <= frame[4] < NUMBER_MAX:
         return False
     for value, wanted in zip(frame[HEAD:], shape, strict=True):
         if type(value) is not wanted:
+            return False
+        if wanted is int and not NO_INDEX <= value < NUMBER_MAX:
             return False
     return frame[0] != Kind.APPEND or _is_append(frame)
 
