@@ -16,6 +16,7 @@ import numpy.typing as npt
 from agentmem_node.index.columns import Ints, grown
 
 _TAIL_MIN: Final = 2_048
+_TAIL_ROOM: Final = 64
 _COUNT_MAX: Final = 255
 
 Keys = npt.NDArray[np.uint64]
@@ -47,9 +48,9 @@ class Postings:
         self._rows = np.zeros(0, dtype=np.int32)
         self._counts = np.zeros(0, dtype=np.uint8)
         self._has_zeroed = False
-        self._tail_keys: Keys = np.zeros(64, dtype=np.uint64)
-        self._tail_rows = np.zeros(64, dtype=np.int32)
-        self._tail_counts = np.zeros(64, dtype=np.uint8)
+        self._tail_keys: Keys = np.zeros(_TAIL_ROOM, dtype=np.uint64)
+        self._tail_rows = np.zeros(_TAIL_ROOM, dtype=np.int32)
+        self._tail_counts = np.zeros(_TAIL_ROOM, dtype=np.uint8)
         self._tail = 0
 
     def add(self, rows: Sequence[int], terms: Sequence[Sequence[int]]) -> None:
@@ -150,41 +151,65 @@ class Postings:
             self.merge()
 
     def merge(self) -> None:
-        """Bring the tail into the base, and drop zeroed entries."""
-        keys = np.concatenate([self._keys.repeat(self._sizes), self._tail_keys[: self._tail]])
-        rows = np.concatenate([self._rows, self._tail_rows[: self._tail]])
-        counts = np.concatenate([self._counts, self._tail_counts[: self._tail]])
-        self._rebuild(keys, rows, counts)
+        """Bring the tail into the base, and drop zeroed entries. Linear in the base."""
+        if self._has_zeroed:
+            self._drop_zeroed()
+        keys = self._tail_keys[: self._tail]
+        rows, counts = self._tail_rows[: self._tail], self._tail_counts[: self._tail]
+        order = keys.argsort(kind="stable")
+        if not counts.all():
+            order = order[counts[order] > 0]
+        self._insert(keys[order], rows[order], counts[order])
+        self._tail = 0
+        self._tail_keys = np.zeros(_TAIL_ROOM, dtype=np.uint64)
+        self._tail_rows = np.zeros(_TAIL_ROOM, dtype=np.int32)
+        self._tail_counts = np.zeros(_TAIL_ROOM, dtype=np.uint8)
 
     def renumber(self, new_row: Ints) -> None:
         """Rows become `new_row[row]`; those that become 0 are forgotten."""
         self.merge()
-        rows = new_row[self._rows].astype(np.int32)
-        keys = self._keys.repeat(self._sizes)
-        self._rebuild(keys, rows, np.where(rows > 0, self._counts, 0).astype(np.uint8))
+        self._rows = new_row[self._rows].astype(np.int32)
+        self._counts[self._rows == 0] = 0
+        self._drop_zeroed()
 
-    def _rebuild(
+    def _drop_zeroed(self) -> None:
+        held = self._counts > 0
+        if not held.all():
+            sizes = np.add.reduceat(held, self._starts, dtype=np.int64)
+            self._rows, self._counts = self._rows[held], self._counts[held]
+            self._set_terms(self._keys[sizes > 0], sizes[sizes > 0])
+        self._has_zeroed = False
+
+    def _insert(
         self, keys: Keys, rows: npt.NDArray[np.int32], counts: npt.NDArray[np.uint8]
     ) -> None:
-        if not counts.all():
-            held = counts > 0
-            keys, rows, counts = keys[held], rows[held], counts[held]
-        # Stable: the base is sorted already, which this sort takes advantage of.
-        order = keys.argsort(kind="stable")
-        keys = keys[order]
-        self._rows, self._counts = rows[order], counts[order]
+        """Entries sorted by key, each put behind those that its term has already."""
+        if not len(keys):
+            return
         first = np.ones(len(keys), dtype=np.bool_)
         first[1:] = keys[1:] != keys[:-1]
-        starts = first.nonzero()[0]
-        self._keys = keys[starts]
-        self._starts = starts
-        self._sizes = np.diff(starts, append=len(keys))
-        self._frequencies = self._sizes.astype(np.int32)
-        self._has_zeroed = False
-        self._tail = 0
-        self._tail_keys = np.zeros(64, dtype=np.uint64)
-        self._tail_rows = np.zeros(64, dtype=np.int32)
-        self._tail_counts = np.zeros(64, dtype=np.uint8)
+        begins = first.nonzero()[0]
+        distinct = keys[begins]
+        added = np.diff(begins, append=len(keys))
+        at = self._keys.searchsorted(distinct)
+        # One past the last term there is no key to compare with, and none can be equal.
+        is_known = np.append(self._keys, np.uint64(0))[at] == distinct
+        ends = np.append(self._starts, len(self._rows))[at + is_known]
+        places = ends.repeat(added)
+        self._rows = np.insert(self._rows, places, rows)
+        self._counts = np.insert(self._counts, places, counts)
+        sizes = self._sizes.copy()
+        sizes[at[is_known]] += added[is_known]
+        fresh = ~is_known
+        self._set_terms(
+            np.insert(self._keys, at[fresh], distinct[fresh]),
+            np.insert(sizes, at[fresh], added[fresh]),
+        )
+
+    def _set_terms(self, keys: Keys, sizes: Ints) -> None:
+        self._keys, self._sizes = keys, sizes
+        self._starts = np.cumsum(sizes) - sizes
+        self._frequencies = sizes.astype(np.int32)
 
     def bytes_used(self) -> int:
         return 28 * len(self._keys) + 5 * len(self._rows) + 13 * len(self._tail_keys)

@@ -171,7 +171,7 @@ def over_wire(value: Any) -> Any:
     return msgpack.unpackb(msgpack.packb(value))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(histories, st.lists(queries, min_size=1, max_size=4), st.integers(0, 2**32))
 def test_an_index_kept_current_answers_like_one_built_afresh(
     history: list[dict[str, Any]], asked: list[SearchQuery], seed: int
@@ -190,7 +190,7 @@ def test_an_index_kept_current_answers_like_one_built_afresh(
         assert world.indexes[0].search_local(query) == fresh.search_local(query)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(histories, st.lists(queries, min_size=1, max_size=4))
 def test_one_shard_and_sixteen_give_the_same_order(
     history: list[dict[str, Any]], asked: list[SearchQuery]
