@@ -50,10 +50,6 @@ class ShardState:
         known = self.applied.values()
         return max(known) - min(known) if known else None
 
-    @property
-    def up(self) -> int:
-        return len(self.applied)
-
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
@@ -118,7 +114,7 @@ def ask(urls: list[str], api_key: str | None = None, timeout_s: float = _ASK_S) 
         key=lambda view: int(view.get("version", 0)),
         default=topology.raw,
     )
-    return ClusterState(int(newest.get("version", 0)), nodes, tuple(_shards(newest, nodes)))
+    return ClusterState(int(newest.get("version", 0)), nodes, tuple(join(newest, nodes)))
 
 
 def _short(error: client.AgentMemError) -> str:
@@ -135,7 +131,8 @@ def _reasons(details: Mapping[str, Any]) -> str:
     return str(reasons)[:200]
 
 
-def _shards(view: Mapping[str, Any], nodes: tuple[NodeState, ...]) -> list[ShardState]:
+def join(view: Mapping[str, Any], nodes: tuple[NodeState, ...]) -> list[ShardState]:
+    """One state a shard of `view` (the newest map), from what each node says of its replica."""
     states = []
     for name, shard in sorted(view["shards"].items()):
         epoch, members = int(shard["epoch"]), tuple(shard["members"])
@@ -215,13 +212,6 @@ def _shard_row(shard: ShardState, up: set[str]) -> tuple[str | Text, ...]:
         "-" if lag is None else Text(str(lag), style="yellow" if lag > 100 else ""),
         "-" if shard.memories is None else f"{shard.memories:,}",
     )
-
-
-def total_memories(state: ClusterState) -> int | None:
-    """Memories in all shards, when every shard told."""
-    counts = [shard.memories for shard in state.shards]
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
 
 
 def render_plain(state: ClusterState) -> Table:
