@@ -26,7 +26,7 @@ from agentmem_node.index.vectors import QueryVector, VectorRows
 _faiss: Any = faiss  # its stubs know only a part of it
 _log = logging.getLogger(__name__)
 
-_LINKS: Final = 16  # a row links to twice as many on the ground level: 128 bytes
+_LINKS: Final = 32  # a row links to twice as many on the ground level: 256 bytes
 _BUILD_WIDTH: Final = 80
 _ADD_ROWS: Final = 2_048
 # Tail and stale rows, as a share of the graph's, that call for a new one.
