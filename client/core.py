@@ -15,8 +15,8 @@ The rules that are decided here:
   with full jitter, and waits at least as long as the server's Retry-After;
 - a write carries one idempotency key for its whole life, so sending it again is always safe;
 - no attempt outlives the call's deadline, and one slow node may use a third of it at most;
-- retries are paid from a budget that all calls of a client share: when a cluster is really
-  down, thousands of callers must not become a storm of retries.
+- retries are paid from a budget that all calls of a client share, and wait for it when it is
+  spent: when a cluster is really down, thousands of callers must not become a storm.
 """
 
 from __future__ import annotations
@@ -304,17 +304,17 @@ class Exchange(Generic[T]):
         return self._retry(now, at_least_s=retry_after_s(headers))
 
     def _retry(self, now: float, at_least_s: float) -> Instruction[T]:
-        if not self._router.spend_retry(now):
-            return self._fail(self._last_error or self._timeout_error())
+        queue_s = self._router.spend_retry(now)
         ceiling_s = min(
             self._policy.backoff_s_max,
             self._policy.backoff_s_first * 2 ** min(self._attempts, 16),
         )
-        wait_s = max(at_least_s, ceiling_s * self._router.random())
+        wait_s = max(at_least_s, queue_s, ceiling_s * self._router.random())
         left_s = self._deadline - now
         if not self._has_answer:
             left_s = min(left_s, self._started + self._policy.unreachable_s_max - now)
         if wait_s >= left_s:
+            self._router.give_back_retry()
             return self._out_of_time()
         self._state = _BackingOff()
         return Wait(wait_s)

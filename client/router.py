@@ -28,7 +28,7 @@ class Policy:
     # When not one node has answered, how long to go on trying; the deadline, if that is sooner.
     unreachable_s_max: float = math.inf
     retry_tokens_max: float = 500.0
-    retry_tokens_per_s: float = 50.0
+    retry_tokens_per_s: float = 100.0
     retry_tokens_per_call: float = 0.2
     answer_bytes_max: int = 256 * 1024 * 1024
 
@@ -103,15 +103,25 @@ class Router:
             self.policy.retry_tokens_max, self._retry_tokens + self.policy.retry_tokens_per_call
         )
 
-    def spend_retry(self, now: float) -> bool:
-        """True when the budget had one retry left."""
+    def spend_retry(self, now: float) -> float:
+        """Take one retry from the budget; returns the seconds until it is there.
+
+        Who comes when the budget is spent waits behind those who came before: when a cluster
+        is really down, thousands of callers retry at a steady rate, not in a storm.
+        """
         elapsed = max(0.0, now - self._tokens_at)
         self._tokens_at = now
         self._retry_tokens = min(
             self.policy.retry_tokens_max,
             self._retry_tokens + elapsed * self.policy.retry_tokens_per_s,
         )
-        if self._retry_tokens < 1.0:
-            return False
         self._retry_tokens -= 1.0
-        return True
+        if self._retry_tokens >= 0.0:
+            return 0.0
+        if self.policy.retry_tokens_per_s <= 0.0:
+            return math.inf
+        return -self._retry_tokens / self.policy.retry_tokens_per_s
+
+    def give_back_retry(self) -> None:
+        """A retry that was taken will not happen: its call ends before."""
+        self._retry_tokens += 1.0

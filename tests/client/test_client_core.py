@@ -242,14 +242,26 @@ def test_a_call_ends_by_its_deadline_whatever_the_cluster_does() -> None:
     assert isinstance(step.error, DeadlineExceeded)
 
 
-def test_the_retry_budget_keeps_many_callers_from_becoming_a_storm() -> None:
-    router = a_router(retry_tokens_max=3.0, retry_tokens_per_s=0.0)
-    retried = 0
-    for _ in range(10):
+def test_when_the_retry_budget_is_spent_callers_queue_instead_of_making_a_storm() -> None:
+    router = a_router(retry_tokens_max=3.0, retry_tokens_per_s=10.0, retry_tokens_per_call=0.0)
+    waits = []
+    for _ in range(13):
         one = Exchange(an_add(), router, 0.0)
         one.start(0.0)
-        retried += isinstance(one.answered(429, {}, body("overloaded"), 0.0), Wait)
-    assert retried == 3
+        step = one.answered(429, {}, body("overloaded"), 0.0)
+        assert isinstance(step, Wait)
+        waits.append(step.seconds)
+    # Three at once, the others at ten a second: the last one second later.
+    assert waits[-1] == pytest.approx(1.0)
+    assert waits == sorted(waits)
+
+
+def test_a_retry_that_would_come_after_the_deadline_is_not_waited_for_nor_paid() -> None:
+    router = a_router(retry_tokens_max=1.0, retry_tokens_per_s=0.0, retry_tokens_per_call=0.0)
+    for expected in (Wait, Fail, Fail):
+        one = Exchange(an_add(), router, 0.0)
+        one.start(0.0)
+        assert isinstance(one.answered(429, {}, body("overloaded"), 0.0), expected)
 
 
 def test_the_servers_retry_after_is_kept() -> None:
