@@ -12,16 +12,16 @@ import dataclasses
 import gc
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
 
 from agentmem_cluster.raft.api import Entry
 from agentmem_node.engine.shard import Shard
-from agentmem_node.index.blocks import BlockKey
 from agentmem_node.index.shard_index import ShardIndex
 from agentmem_node.model.commands import Add, Write, encode_write
 from agentmem_node.model.filters import Compare
@@ -100,6 +100,11 @@ def queries_of(data: Dataset, size: int) -> list[tuple[str, SearchQuery]]:
     return made
 
 
+def search_us(index: ShardIndex, asked: list[tuple[str, SearchQuery]], **changes: Any) -> float:
+    changed = [dataclasses.replace(query, **changes) for _, query in asked]
+    return processor_us(lambda number: index.search_local(changed[number]))
+
+
 def recall_at_10(index: ShardIndex, data: Dataset, asked: list[tuple[str, SearchQuery]]) -> float:
     found = 0
     for owner, query in asked:
@@ -125,26 +130,19 @@ def measure_data(
             asked = queries_of(data, size)
             progress(f"owners of {size:,}{label}")
 
-            def run(change: dict[str, object], asked: list[tuple[str, SearchQuery]] = asked) -> float:
-                changed = [dataclasses.replace(query, **change) for _, query in asked]  # type: ignore[arg-type]
-                return processor_us(lambda number: index.search_local(changed[number]))
-
             target = None if run_length else _TARGETS_US.get(size)
-            rows.append(
-                Row(f"hybrid, owner of {size:,}{label}", run({}), "us", target, lower_is_better=True)
-            )
+            cost = search_us(index, asked)
+            name = f"owner of {size:,}{label}"
+            rows.append(Row(f"hybrid, {name}", cost, "us", target, lower_is_better=True))
             if run_length:
                 continue
+            some = Compare("importance", "gte", 0.2)
             rows += [
-                Row(f"vector, owner of {size:,}", run({"text": None}), "us"),
-                Row(f"bm25, owner of {size:,}", run({"vector": None}), "us"),
-                Row(
-                    f"hybrid with a filter, owner of {size:,}",
-                    run({"filter": Compare("importance", "gte", 0.2)}),
-                    "us",
-                ),
-                Row(f"hybrid by rrf, owner of {size:,}", run({"fusion": "rrf"}), "us"),
-                Row(f"recall@10, owner of {size:,}", recall_at_10(index, data, asked), "", 0.99),
+                Row(f"vector, {name}", search_us(index, asked, text=None), "us"),
+                Row(f"bm25, {name}", search_us(index, asked, vector=None), "us"),
+                Row(f"hybrid with a filter, {name}", search_us(index, asked, filter=some), "us"),
+                Row(f"hybrid by rrf, {name}", search_us(index, asked, fusion="rrf"), "us"),
+                Row(f"recall@10, {name}", recall_at_10(index, data, asked), "", 0.99),
             ]
         if not run_length:
             rows += resident(shard, data, progress)
@@ -153,36 +151,30 @@ def measure_data(
 
 
 def resident(shard: Shard, data: Dataset, progress: Callable[[str], None]) -> list[Row]:
-    """Memory that all blocks take, when every owner has been searched, and the time to build one."""
+    """Memory that the blocks of all owners take, and what it takes to build a large one."""
     progress("searching every owner")
-    process = psutil.Process()
-    index = ShardIndex(shard.source)
-    gc.collect()
-    before = process.memory_info()
     largest = data.owners_of_size(10_000)[0]
-    build_s = 0.0
+    gc.collect()
+    tracemalloc.start()
+    index = ShardIndex(shard.source)
     for owner in data.rows_of:
-        begun = time.process_time()
         index.search_local(
             SearchQuery(_TENANT, Scope(user_id=owner), 1, _NOW_MS + 1, text=data.texts[0])
         )
-        if owner == largest:
-            build_s = time.process_time() - begun
     gc.collect()
-    after = process.memory_info()
-    anonymous = (after.rss - after.shared) - (before.rss - before.shared)
-    counted = index.stats()["bytes"]
-    size = len(data.texts)
+    allocated, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     steps = []
-    key: BlockKey = (_TENANT, f"user:{largest}", "en")
+    query = SearchQuery(_TENANT, Scope(user_id=largest), 1, _NOW_MS + 1, text=data.texts[0])
     fresh = ShardIndex(shard.source)
-    begun = time.perf_counter()
-    for _ in fresh._blocks.build_steps(key):
+    begun_cpu, begun = time.process_time(), time.perf_counter()
+    for _ in fresh.build_steps(query):
         steps.append((time.perf_counter() - begun) * 1e3)
         begun = time.perf_counter()
+    build_s = time.process_time() - begun_cpu
+    size = len(data.texts)
     return [
-        Row("resident bytes per vector, all blocks", anonymous / size, "B", 900, lower_is_better=True),
-        Row("bytes per vector as counted", counted / size, "B"),
+        Row("memory per vector, all blocks", allocated / size, "B", 900, lower_is_better=True),
         Row("building the block of an owner of 10,000", build_s * 1e3, "ms"),
         Row("longest step of building it (wall time)", max(steps), "ms"),
     ]

@@ -9,7 +9,8 @@ a memory twice, or removing one that is not there, makes no difference.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Final
 
@@ -25,28 +26,61 @@ BlockKey = tuple[str, str | None, str]
 _STEP_DOCS: Final = 64
 # A block of fewer memories is built at once: waiting would cost more than it saves.
 _AT_ONCE_DOCS: Final = 128
+_NOTED_MAX: Final = 100_000
+BLOCKS_BYTES_MAX_DEFAULT: Final = 2 << 30
+
+
+class BlockBudget:
+    """The memory that blocks of all shards of a node may take together; the block that was not
+    used for longest goes first."""
+
+    def __init__(self, bytes_max: int = BLOCKS_BYTES_MAX_DEFAULT) -> None:
+        self.bytes_max = bytes_max
+        self.bytes_used = 0
+        self._blocks: OrderedDict[Block, tuple[int, Callable[[], None]]] = OrderedDict()
+
+    def put(self, block: Block, forget: Callable[[], None]) -> None:
+        """A block was built, or has grown. Others are forgotten to make room, never itself."""
+        size = block.bytes_used()
+        self.drop(block)
+        self._blocks[block] = (size, forget)
+        self.bytes_used += size
+        while self.bytes_used > self.bytes_max and len(self._blocks) > 1:
+            oldest, (_, forget_oldest) = next(iter(self._blocks.items()))
+            self.drop(oldest)
+            forget_oldest()
+
+    def used(self, block: Block) -> None:
+        self._blocks.move_to_end(block)
+
+    def drop(self, block: Block) -> None:
+        size, _ = self._blocks.pop(block, (0, None))
+        self.bytes_used -= size
 
 
 class Blocks:
+    """The blocks of one shard."""
+
     def __init__(
         self,
         source: Source,
         dim: int,
         defaults: RankingDefaults,
-        bytes_max: int,
-        on_evict: Callable[[Block], None],
+        budget: BlockBudget,
+        on_forget: Callable[[Block], None],
     ) -> None:
-        self._on_evict = on_evict
         self._source = source
         self._dim = dim
         self._defaults = defaults
-        self._bytes_max = bytes_max
-        self._ready: OrderedDict[BlockKey, Block] = OrderedDict()
-        self._of_tenant: dict[str, set[BlockKey]] = {}
+        self._budget = budget
+        self._on_forget = on_forget
+        self._ready: dict[BlockKey, Block] = {}
+        # (tenant, owner or None) -> keys that changes of it concern, one a language.
+        self._keys_of: dict[tuple[str, str | None], set[BlockKey]] = {}
         # Blocks under construction, each with the changes since its scan began.
         self._noted: dict[BlockKey, list[Change]] = {}
         self._builds: dict[BlockKey, Iterator[None]] = {}
-        self.evicted = 0
+        self.forgotten = 0
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -62,7 +96,7 @@ class Blocks:
             for _ in self.build_steps(key):
                 pass
             block = self._ready[key]
-        self._ready.move_to_end(key)
+        self._budget.used(block)
         return block
 
     def needs_build(self, key: BlockKey) -> bool:
@@ -86,32 +120,41 @@ class Blocks:
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Take in what was just applied to the store, in order."""
-        if not self._of_tenant:
+        if not self._keys_of:
             return
-        by_owner: dict[tuple[str, str], list[Change]] = {}
-        by_tenant: dict[str, list[Change]] = {}
+        concerned: dict[tuple[str, str | None], list[Change]] = {}
         for change in changes:
             owner = change.owner if isinstance(change, Removed) else change.memory.scope.owner
-            by_owner.setdefault((change.tenant, owner), []).append(change)
-            by_tenant.setdefault(change.tenant, []).append(change)
-        for tenant, all_of_it in by_tenant.items():
-            for key in self._of_tenant.get(tenant, ()):
-                owner_of_block = key[1]
-                if owner_of_block is None:
-                    mine = all_of_it
-                else:
-                    mine = by_owner.get((tenant, owner_of_block), [])
-                if not mine:
-                    continue
-                if key in self._noted:
-                    self._noted[key] += mine
-                else:
-                    apply_changes(self._ready[key], mine)
+            scopes: tuple[tuple[str, str | None], ...] = (
+                (change.tenant, owner),
+                (change.tenant, None),
+            )
+            for scope in scopes:
+                if scope in self._keys_of:
+                    concerned.setdefault(scope, []).append(change)
+        for scope, mine in concerned.items():
+            # A block that grows may push another out.
+            for key in tuple(self._keys_of.get(scope, ())):
+                if key in self._ready:
+                    block = self._ready[key]
+                    size = block.columns.capacity
+                    apply_changes(block, mine)
+                    if block.columns.capacity != size:
+                        self._budget.put(block, partial(self._forget, key))
+                elif key in self._noted:
+                    self._note(key, mine)
+
+    def close(self) -> None:
+        for build in tuple(self._builds.values()):
+            _end(build)
+        for key, block in tuple(self._ready.items()):
+            self._budget.drop(block)
+            self._forget(key)
 
     def _build(self, key: BlockKey) -> Iterator[None]:
         tenant, owner, language = key
         noted = self._noted[key] = []
-        self._of_tenant.setdefault(tenant, set()).add(key)
+        self._keys_of.setdefault((tenant, owner), set()).add(key)
         try:
             block = Block(self._dim, analyzer(language), self._defaults)
             block.reserve(self._source.count(tenant, owner))
@@ -123,24 +166,34 @@ class Blocks:
             block.postings.merge()
             apply_changes(block, noted)
             self._ready[key] = block
-            self._evict(newest=key)
+            self._budget.put(block, partial(self._forget, key))
         finally:
             del self._noted[key], self._builds[key]
             if key not in self._ready:
-                self._of_tenant[tenant].discard(key)
+                self._unlist(key)
 
-    def _evict(self, newest: BlockKey) -> None:
-        """Forget the blocks that were not used for longest, never the newest."""
-        total = self.bytes_used
-        while total > self._bytes_max and len(self._ready) > 1:
-            key = next(iter(self._ready))
-            if key == newest:
-                return
-            block = self._ready.pop(key)
-            total -= block.bytes_used()
-            self._on_evict(block)
-            self._of_tenant[key[0]].discard(key)
-            self.evicted += 1
+    def _note(self, key: BlockKey, changes: Sequence[Change]) -> None:
+        noted = self._noted[key]
+        noted += changes
+        if len(noted) > _NOTED_MAX:
+            # Nobody drives this construction any more, or it cannot keep up: begin again later.
+            _end(self._builds[key])
+
+    def _forget(self, key: BlockKey) -> None:
+        self.forgotten += 1
+        self._on_forget(self._ready.pop(key))
+        self._unlist(key)
+
+    def _unlist(self, key: BlockKey) -> None:
+        keys = self._keys_of[key[0], key[1]]
+        keys.discard(key)
+        if not keys:
+            del self._keys_of[key[0], key[1]]
+
+
+def _end(build: Iterator[None]) -> None:
+    if isinstance(build, Generator):
+        build.close()
 
 
 def apply_changes(block: Block, changes: Sequence[Change]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from agentmem_node.index import scoring, selection
 from agentmem_node.index.analysis import QueryTerms, query_terms
 from agentmem_node.index.block import Block
-from agentmem_node.index.blocks import BlockKey, Blocks
+from agentmem_node.index.blocks import BlockBudget, BlockKey, Blocks
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.fusion import Fused, LegResults, fuse
 from agentmem_node.index.graph import GraphBuilder
@@ -28,7 +28,6 @@ from agentmem_node.index.text_space import TextSpaces
 from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import Hit, LegName, SearchQuery
 
-_BLOCKS_BYTES_MAX: Final = 1 << 30
 _NO_TERMS: Final = QueryTerms(np.zeros(0, dtype=np.uint64), 0)
 
 
@@ -68,8 +67,9 @@ class ShardIndex:
         text_engine: TextEngine | None = None,
         graphs: GraphBuilder | None = None,
         defaults: RankingDefaults | None = None,
-        blocks_bytes_max: int = _BLOCKS_BYTES_MAX,
+        budget: BlockBudget | None = None,
     ) -> None:
+        """`text_engine`, `graphs` and `budget` are shared by the shards of a node."""
         self.shard_id = shard_id
         self.defaults = defaults or RankingDefaults()
         self._source = source
@@ -80,7 +80,7 @@ class ShardIndex:
             source,
             source.dim if dim is None else dim,
             self.defaults,
-            blocks_bytes_max,
+            budget or BlockBudget(),
             self._forget,
         )
 
@@ -97,13 +97,16 @@ class ShardIndex:
 
     def build_steps(self, query: SearchQuery) -> Iterator[None]:
         """Do that in steps of a few milliseconds; entries may be applied between them."""
+        return self._steps(query) if self.needs_build(query) else iter(())
+
+    def _steps(self, query: SearchQuery) -> Iterator[None]:
         key = _key(query)
         yield from self._blocks.build_steps(key)
         if self._seeks_text(query):
             yield from self._texts.fill_steps(self._blocks.get(key))
 
     def _seeks_text(self, query: SearchQuery) -> bool:
-        return any(name in ("phrase", "fuzzy") for name, _ in active_legs(query, self.defaults))
+        return any(name in ("phrase", "fuzzy") for name, _ in query.legs or self.defaults.legs)
 
     def stats(self) -> dict[str, int]:
         """Figures for operators; those of the text engine are the node's."""
@@ -111,13 +114,14 @@ class ShardIndex:
         return {
             "blocks": len(self._blocks),
             "bytes": self._blocks.bytes_used,
-            "blocks_evicted": self._blocks.evicted,
+            "blocks_forgotten": self._blocks.forgotten,
             "text_documents": 0 if engine is None else engine.documents,
             "text_tail": 0 if engine is None else engine.pending,
         }
 
     def close(self) -> None:
         """End what works in the background. There is nothing to flush: all of it is derived."""
+        self._blocks.close()
         self._graphs.close()
 
     def _forget(self, block: Block) -> None:
@@ -166,8 +170,17 @@ class ShardIndex:
         return self._results(block, query, legs, terms, found, stats)
 
     def records(self, docs: Sequence[int]) -> list[bytes]:
-        """Phase 3, for what `fuse` found missing."""
-        return self._source.records(docs)
+        """Phase 3, for what `fuse` found missing; empty for what was deleted since."""
+        try:
+            return self._source.records(docs)
+        except KeyError:
+            return [self._record(doc) for doc in docs]
+
+    def _record(self, doc: int) -> bytes:
+        try:
+            return self._source.records([doc])[0]
+        except KeyError:
+            return b""
 
     def _results(
         self,

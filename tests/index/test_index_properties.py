@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentmem_node.index import blocks
+from agentmem_node.index.blocks import BlockBudget
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.fusion import Fused, LegResults, fuse
 from agentmem_node.index.scoring import TextStats, merge_stats
@@ -179,7 +181,7 @@ def test_an_index_kept_current_answers_like_one_built_afresh(
     chance = random.Random(seed)
     # Hardly any memory for blocks: they are forgotten and built again all the time.
     budget = chance.choice([1, 1 << 30])
-    world = World(1, blocks_bytes_max=budget)
+    world = World(1, budget=BlockBudget(budget))
     for op in history:
         if chance.random() < 0.3:
             world.search(chance.choice(asked))
@@ -332,3 +334,42 @@ def test_an_update_leaves_nothing_of_the_words_before(source: Any) -> None:
     index.apply([source.update(first.doc, None, content="river")])
     assert [hit.id[-1] for hit in index.search_local(query).hits] == [2]
     assert index.search_local(query) == ShardIndex(source).search_local(query)
+
+
+def test_shards_of_a_node_share_one_memory_budget() -> None:
+    budget = BlockBudget(60_000)
+    sources = [kit.MemorySource() for _ in range(2)]
+    indexes = [ShardIndex(source, budget=budget) for source in sources]
+    for number in range(20):
+        indexes[number % 2].apply([])
+        sources[number % 2].add(number, "tea river", None, user_id=f"user{number}")
+        query = SearchQuery("acme", Scope(user_id=f"user{number}"), 5, kit.NOW_MS, text="tea")
+        assert len(indexes[number % 2].search_local(query).hits) == 1
+        assert budget.bytes_used <= 60_000
+    held = [index.stats()["blocks"] for index in indexes]
+    assert all(held) and sum(held) < 20
+    for index in indexes:
+        index.close()
+    assert budget.bytes_used == 0
+
+
+def test_a_construction_that_nobody_drives_is_given_up(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_NOTED_MAX", 5)
+    for number in range(200):
+        source.add(number, "tea", None, user_id="ana")
+    index = ShardIndex(source)
+    query = SearchQuery("acme", Scope(user_id="ana"), 500, kit.NOW_MS, text="tea")
+    next(index.build_steps(query))
+    for number in range(200, 210):
+        index.apply([source.add(number, "tea", None, user_id="ana")])
+    assert len(index.search_local(query).hits) == 210
+
+
+def test_a_record_deleted_between_two_phases_is_left_out(source: Any) -> None:
+    kept = source.add(1, "tea", None, user_id="ana")
+    gone = source.add(2, "tea", None, user_id="ana")
+    index = ShardIndex(source)
+    index.apply([source.delete(gone.doc)])
+    assert index.records([kept.doc, gone.doc]) == [source.records([kept.doc])[0], b""]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from agentmem_node.index import text_space
 from agentmem_node.index.analysis import analyzer
+from agentmem_node.index.blocks import BlockBudget
 from agentmem_node.index.shard_index import ShardIndex
 from agentmem_node.index.text_engine import Term, TextEngine
 from agentmem_node.index.text_legs import TextQuery, alike, best_stretch
@@ -174,7 +175,7 @@ def test_filling_in_steps_waits_for_the_commit(source: Any, engine: TextEngine) 
 def test_a_forgotten_block_leaves_the_engine(source: Any, engine: TextEngine) -> None:
     source.add(1, "honey letter", None, user_id="ana")
     source.add(2, "honey letter", None, user_id="bo")
-    index = ShardIndex(source, text_engine=engine, blocks_bytes_max=1)
+    index = ShardIndex(source, text_engine=engine, budget=BlockBudget(1))
     assert found(index, "honey", "phrase") == {1: 1.0}
     settle(engine)
     assert engine.documents == 1
