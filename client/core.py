@@ -12,7 +12,7 @@ and the asyncio client cannot differ, and why the tests need neither sockets nor
 The rules that are decided here:
 - the leader of the owner's shard is asked first; a node that just failed is avoided for a while;
 - `not_leader` with a leader named is followed at once, a few times; every other retry backs off
-  with full jitter, and waits at least as long as the server's Retry-After;
+  with jitter, and waits at least as long as the server's Retry-After;
 - a write carries one idempotency key for its whole life, so sending it again is always safe;
 - no attempt outlives the call's deadline, and one slow node may use a third of it at most;
 - retries are paid from a budget that all calls of a client share, and wait for it when it is
@@ -50,6 +50,7 @@ _MAP_IS_STALE_CODES = frozenset({"not_leader", "wrong_shard"})
 # These nodes answer, but cannot serve for a while: another is asked first.
 _NODE_IS_ILL_CODES = frozenset({"shutting_down", "no_quorum", "unavailable"})
 _MAP_S_MAX = 2.0
+_JITTER_MIN = 0.1
 
 
 class Failure(Enum):
@@ -129,6 +130,7 @@ class Exchange(Generic[T]):
         self._deadline = now + self._deadline_s
         self._state: _State = _New()
         self._attempts = 0
+        self._retries = 0
         self._redirects = 0
         self._map_tried: set[str] = set()
         self._tried: set[str] = set()
@@ -307,9 +309,12 @@ class Exchange(Generic[T]):
         queue_s = self._router.spend_retry(now)
         ceiling_s = min(
             self._policy.backoff_s_max,
-            self._policy.backoff_s_first * 2 ** min(self._attempts, 16),
+            self._policy.backoff_s_first * 2 ** min(self._retries, 16),
         )
-        wait_s = max(at_least_s, queue_s, ceiling_s * self._router.random())
+        self._retries += 1
+        # Never nothing: a refused connection costs no time, so nothing else would end the loop.
+        jitter = max(_JITTER_MIN, self._router.random())
+        wait_s = max(at_least_s, queue_s, ceiling_s * jitter)
         left_s = self._deadline - now
         if not self._has_answer:
             left_s = min(left_s, self._started + self._policy.unreachable_s_max - now)

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agentmem_client import (
     Conflict,
@@ -314,3 +316,64 @@ def test_a_query_without_a_user_may_go_to_any_node_and_one_with_goes_to_its_shar
     assert isinstance(calls.search("tea", {"agent_id": "planner"}).route, calls.Anywhere)
     assert calls.search("tea", {"user_id": "ana"}).route == calls.ToOwner("user:ana")
     assert calls.add("tea", None, {"agent_id": "p"}).route == calls.ToOwner("agent:p")
+
+
+EVENTS = st.one_of(
+    st.tuples(st.just("fail"), st.sampled_from(list(Failure)), st.floats(0.0, 1.0)),
+    st.tuples(
+        st.just("answer"),
+        st.sampled_from(
+            [
+                (200, b"<html>"),
+                (200, json.dumps(a_map("n2", 2)).encode()),
+                (200, json.dumps(a_map(None, 3)).encode()),
+                (503, body("not_leader")),
+                (503, body("not_leader", leader="n3")),
+                (503, body("wrong_shard")),
+                (503, body("no_quorum")),
+                (503, body("shutting_down")),
+                (504, body("deadline_exceeded")),
+                (429, body("overloaded")),
+                (502, b""),
+                (503, b"\xff"),
+            ]
+        ),
+        st.floats(0.0, 1.0),
+    ),
+)
+
+
+@given(
+    st.lists(EVENTS, min_size=1, max_size=80),
+    st.booleans(),
+    st.floats(0.0, 0.999),
+    st.floats(0.05, 12.0),
+)
+def test_whatever_happens_a_call_ends_in_time_under_one_key(
+    events: list[Any], knows_map: bool, luck: float, deadline_s: float
+) -> None:
+    router = Router([A, B], lambda: luck)
+    if knows_map:
+        router.learn(Topology.read(a_map()))
+    one = Exchange(an_add(deadline_s=deadline_s), router, 100.0)
+    now, step, keys, sends = 100.0, one.start(100.0), set(), 0
+    while not isinstance(step, Done | Fail):
+        if isinstance(step, Wait):
+            assert step.seconds >= 0.0
+            now += step.seconds
+            step = one.woke(now)
+            continue
+        sends += 1
+        # A driver keeps its promise: no attempt takes longer than its timeout.
+        assert 0.0 < step.timeout_s <= 100.0 + deadline_s - now + 1e-9
+        if "Idempotency-Key" in step.headers:
+            keys.add(step.headers["Idempotency-Key"])
+        kind, what, share = events[sends % len(events)]
+        now += step.timeout_s * share
+        if kind == "fail":
+            step = one.failed(what, "text", now)
+        else:
+            step = one.answered(what[0], {}, what[1], now)
+        assert sends < 1_000
+    assert now <= 100.0 + deadline_s + 1e-6
+    assert len(keys) <= 1
