@@ -43,6 +43,7 @@ class Scored:
     vector: QueryVector | None
     cosines: Floats | None  # of every row, by int8
     with_text: bool
+    is_exact: Bools | None = None  # rows whose vector score was corrected already
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def weighted_page(
     rows: Ints = chosen.nonzero()[0]
     if not len(rows):
         return _EMPTY
-    legs = _rescored(scored, rows, read)
+    legs = [_refined(scored, leg, rows, read) for leg in range(len(scored.legs))]
     final = weighted_scores(legs, weights)
     columns = scored.block.columns
     order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -final))
@@ -137,7 +138,7 @@ def ranked_lists(scored: Scored, defaults: RankingDefaults, read: ReadVectors) -
         spread = _spread(scored, 1.0, defaults) if name == "vector" else _ROUNDING
         least = _nth_largest(scores - spread, defaults.rank_window)
         rows: Ints = (scores + spread >= max(least, 0.0)).nonzero()[0]
-        exact = on_grid(_rescored(scored, rows, read)[number])
+        exact = on_grid(_refined(scored, number, rows, read))
         columns = scored.block.columns
         order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -exact))
         order = order[: defaults.rank_window]
@@ -154,7 +155,7 @@ def ranked_candidates(
     """Every memory in one of the lists, with its score in all legs."""
     ids = {row: key for entries in lists for _, key, row in entries}
     rows: Ints = np.array(sorted(ids), dtype=np.int64)
-    legs = _rescored(scored, rows, read)
+    legs = [_refined(scored, leg, rows, read) for leg in range(len(scored.legs))]
     docs = scored.block.columns.doc[rows].tolist()
     scores = zip(*(leg.tolist() for leg in legs), strict=True)
     return [
@@ -163,21 +164,31 @@ def ranked_candidates(
     ]
 
 
-def _rescored(scored: Scored, rows: Ints, read: ReadVectors) -> list[Floats]:
-    """The legs' scores of some rows, the vector leg's corrected by the float32 originals."""
-    legs = []
-    for (name, _), scores in zip(scored.legs, scored.scores, strict=True):
-        values: Floats = scores[rows]
-        if name == "vector" and scored.vector is not None and scored.cosines is not None:
-            block = scored.block
-            exact = exact_cosines(read(block.columns.doc[rows]), scored.vector)
-            values += scoring.exact_correction(
-                block, rows, scored.cosines[rows], exact, with_text=scored.with_text
-            )
-            np.minimum(values, 1.0, out=values)
-            np.maximum(values, 0.0, out=values)
-        legs.append(values)
-    return legs
+def _refined(scored: Scored, leg: int, rows: Ints, read: ReadVectors) -> Floats:
+    """A leg's scores of some rows; the vector leg's corrected by the float32 originals."""
+    scores = scored.scores[leg]
+    vector, cosines = scored.vector, scored.cosines
+    if scored.legs[leg][0] != "vector" or vector is None or cosines is None:
+        return scores[rows]
+    todo = rows
+    if scored.is_exact is None:
+        scored.is_exact = np.zeros(len(scores), dtype=np.bool_)
+    else:
+        todo = rows[~scored.is_exact[rows]]
+    if len(todo):
+        block = scored.block
+        exact = exact_cosines(read(block.columns.doc[todo]), vector)
+        values: Floats = scores[todo]
+        values += scoring.exact_correction(
+            block, todo, cosines[todo], exact, with_text=scored.with_text
+        )
+        np.minimum(values, 1.0, out=values)
+        np.maximum(values, 0.0, out=values)
+        scores[todo] = values
+        scored.is_exact[todo] = True
+        if len(todo) == len(rows):
+            return values
+    return scores[rows]
 
 
 def _ids(block: Block, rows: Ints) -> list[bytes]:
