@@ -1,8 +1,8 @@
 """The durable rule, checked where it counts: what a node says must be on its platter already.
 
 The strictest power loss is imagined at the very moment: a copy of the disk that holds what is
-durable and nothing else, and a journal recovered from it. Votes are always audited, the rest
-by samples, because recovering a journal is not free.
+durable and nothing else, and a journal recovered from it. Samples do, because recovering a
+journal is not free, and what is wrong once is wrong often.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from agentmem_cluster.raft.api import GroupSpec
 from agentmem_cluster.raft.frames import Kind
 
 COMMITTED_EVERY_S = 3.0
+VOTES_ALL = 30  # audited of a world's first votes, and of all later ones a part
+VOTES_SAMPLE = 0.2
 APPENDED_SAMPLE = 0.003
 # After a log shrank all is audited for a while: a flush that was under way then must not make
 # the entries durable that replaced those it wrote.
@@ -52,6 +54,7 @@ class Auditor:
         self._chance = chance
         self._now_s = now_s
         self._next_s = 0.0
+        self._votes = 0
         self._said: dict[tuple[str, str], int] = {}
         self._closely: dict[tuple[str, str], int] = {}
         self.audits = 0
@@ -87,10 +90,11 @@ class Auditor:
         """Frames are leaving: votes and acknowledged entries in them must be on the platter."""
         for frame in frames:
             kind, group, term = frame[0], self._groups[frame[1]], frame[4]
-            if kind == Kind.VOTE:
-                self._voted(machine, group, term, peer)
-            elif kind == Kind.ASK_VOTE:
-                self._voted(machine, group, term, machine.name)
+            if kind in (Kind.VOTE, Kind.ASK_VOTE):
+                self._votes += 1
+                if self._votes <= VOTES_ALL or self._chance.random() < VOTES_SAMPLE:
+                    candidate = peer if kind == Kind.VOTE else machine.name
+                    self._voted(machine, group, term, candidate)
             elif kind == Kind.APPENDED and self._is_sampled(machine.name, group.id, frame[6]):
                 self._has_entries(machine, group, term, frame[6])
 

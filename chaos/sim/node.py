@@ -6,6 +6,8 @@ core, a flush takes as long as the disk takes, and what the core releases goes t
 
 from __future__ import annotations
 
+import errno
+import os
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -248,10 +250,12 @@ class SimNode:
             return
         failure: OSError | None = None
         try:
+            if self.plan.state_needs_room and self.disk.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state")
             self.disk.before_sync("state")
             checkpoint.job.run()
         except OSError as error:
-            self.fsync_failed = True
+            self.fsync_failed |= error.errno != errno.ENOSPC
             failure = error
         self._later(HANDOFF_S, lambda: self._checkpointed(checkpoint, failure))
 

@@ -17,6 +17,7 @@ from agentmem_cluster.raft import following, pysync
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.raft.core import NodeCore
 from agentmem_cluster.raft.matching import Accepted, Refused, reconcile
+from agentmem_cluster.raft.voice import Voice
 
 WORLDS_MAX = 15
 CRASHES = {Fault.KILL: 3.0, Fault.POWER_LOSS: 3.0, Fault.POWER_LOSS_ALL: 6.0}
@@ -25,12 +26,20 @@ ELECTIONS = {Fault.KILL: 1.0, Fault.BREAK_SESSION: 0.5, Fault.PARTITION: 2.0}
 STALLS = {Fault.BREAK_SESSION: 0.5, Fault.SLOW_DISK: 4.0, Fault.KILL: 2.0}
 
 
-def caught(parts: Parts, faults: dict[Fault, float], worlds: int = WORLDS_MAX) -> set[str]:
+def caught(
+    parts: Parts,
+    faults: dict[Fault, float],
+    worlds: int = WORLDS_MAX,
+    slowness: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> set[str]:
     """The rules that the first violated world names. Worlds run until one is."""
     for seed in range(1, worlds + 1):
         plan = dataclasses.replace(
             WorldPlan.draw(seed, nodes=3, seconds=40.0),
             fault_every_s=faults,
+            slowness=slowness,
+            sync_s=(0.001, 0.01),
+            append_bytes_max=500,
             think_s=(0.0, 0.1),
             clients=4,
         )
@@ -42,7 +51,7 @@ def caught(parts: Parts, faults: dict[Fault, float], worlds: int = WORLDS_MAX) -
 
 @pytest.mark.parametrize("faults", [CRASHES, CUTS, STALLS])
 def test_without_a_planted_bug_these_worlds_are_clean(faults: dict[Fault, float]) -> None:
-    assert caught(Parts(), faults, worlds=3) == set()
+    assert caught(Parts(), faults, worlds=2) == set()
 
 
 def test_speaking_before_the_sync_is_caught() -> None:
@@ -51,6 +60,31 @@ def test_speaking_before_the_sync_is_caught() -> None:
         "acknowledged writes survive",
         "state machine safety",
     }
+
+
+def test_a_promise_that_leaves_before_its_flush_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Voice, "promise", Voice.say)
+    assert caught(Parts(), CRASHES) == {"durable rule"}
+
+
+def test_a_leader_that_counts_itself_for_what_it_has_not_synced_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As pysyncobj does: two of three are a majority, and one of the two has it in its cache."""
+    monkeypatch.setattr(
+        pysync._SyncObj, "_SyncObj__getCurrentLogIndex", lambda self: self.member.log.last_index
+    )
+    assert caught(Parts(), STALLS, slowness=(1.0, 30.0, 1.0)) & {
+        "durable rule",
+        "state machine safety",
+    }
+
+
+def test_a_new_leader_that_reads_before_it_knows_what_is_committed_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pysync.Member, "noop_index", property(lambda self: 0))
+    assert caught(Parts(), ELECTIONS, worlds=30) == {"linearizability"}
 
 
 def test_a_disk_that_lies_about_syncs_is_caught() -> None:
