@@ -50,7 +50,7 @@ def demo(nodes: int, only_play: bool, keep: bool) -> int:
 def _run(data: Path, nodes: int, *, has_prompt: bool) -> int:
     # Imported here: `agentmem --help` shall not wait for tables and progress bars.
     from agentmem_node.console.prompt import HELP, Prompt
-    from agentmem_node.console.scenes import play, prepare_model, start_and_load
+    from agentmem_node.console.scenes import play, set_up, start_and_load
     from agentmem_node.console.show import Show
     from agentmem_node.console.story import Demo
 
@@ -58,7 +58,7 @@ def _run(data: Path, nodes: int, *, has_prompt: bool) -> int:
     story = Demo(data, nodes)
     try:
         show.scene(f"AgentMem: {nodes} nodes on this machine")
-        prepare_model(show)
+        set_up(show)
         start_and_load(story, show)
         if not has_prompt:
             return Exit.FAILED if play(story, show) else Exit.OK

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import compileall
 import time
+from pathlib import Path
 
+import agentmem_client
+import agentmem_cluster
+import agentmem_node
 from agentmem_node.cli.status import ask
 from agentmem_node.console.show import Show
 from agentmem_node.console.story import NOTES_USER, Demo
@@ -12,10 +17,14 @@ _QUESTIONS = 6
 _MISSING_SHOWN_MAX = 10
 
 
-def prepare_model(show: Show) -> None:
-    """Fetch the embedding model before the clock runs. Raises the server's ModelUnavailable."""
+def set_up(show: Show) -> None:
+    """What is done once on a machine, before the clock runs. Raises ModelUnavailable."""
     from agentmem_node.providers.model_files import ensure_model
 
+    # A fresh clone has no byte code: three nodes would each compile all of it at their start.
+    for package in (agentmem_node, agentmem_cluster, agentmem_client):
+        if package.__file__ is not None:
+            compileall.compile_dir(Path(package.__file__).parent, quiet=2)
     with show.bar("embedding model fetched and checked", 100, unit="%") as step:
         ensure_model(lambda _what, share: step(round(share * 100), 100))
 
