@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import NoReturn
@@ -12,6 +13,10 @@ def main() -> NoReturn:
     # Until a command runs there is nothing to clean up: Ctrl-C during the imports ends the
     # process at once, without the traceback of whatever was being imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A memory may hold letters that the terminal has not: better shown as codes than not at all.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from agentmem_node.cli.app import run
 

@@ -34,10 +34,15 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON that the terminal's or the pipe's encoding can carry."""
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    return json.dumps(to_plain(value), ensure_ascii=not is_unicode, indent=indent)
+
+
 def print_json(value: Any) -> None:
     """One document: indented for a person who asked for it, on one line for a pipe."""
-    indent = 2 if sys.stdout.isatty() else None
-    click.echo(json.dumps(to_plain(value), ensure_ascii=False, indent=indent))
+    click.echo(json_text(value, indent=2 if sys.stdout.isatty() else None))
 
 
 def console() -> Console:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 
 import click
@@ -17,11 +16,11 @@ from agentmem_node.cli.output import (
     console,
     day,
     found_table,
+    json_text,
     memories_table,
     memory_card,
     print_json,
     table,
-    to_plain,
     wants_json,
 )
 
@@ -160,7 +159,7 @@ def list_command(
         chosen = every if wants_all else itertools.islice(every, limit)
         if jsonl:
             for one in chosen:
-                click.echo(json.dumps(to_plain(one), ensure_ascii=False))
+                click.echo(json_text(one))
             return Exit.OK
         results = list(chosen)
         has_more = not wants_all and next(every, None) is not None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -211,3 +213,19 @@ def test_only_the_asked_number_is_listed_and_more_is_told(agentmem: Any) -> None
 def test_legs_are_names_or_weights(agentmem: Any, fake: Any) -> None:
     assert agentmem("search", "tea", "--legs", "bm25,vector").code == 0
     assert agentmem("search", "tea", "--legs", "bm25=1,vector=2").code == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_letters_that_the_terminal_has_not_are_no_obstacle(fake: Any, encoding: str) -> None:
+    command = [sys.executable, "-m", "agentmem_node.cli.main"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "AGENTMEM_URL": fake.urls["n1"]}
+    text = "Győr, Zürich, 東京 😀"
+    item = fake.store({"content": text, "user_id": "ana"})
+    for arguments in (["list", "--json"], ["list", "--jsonl"], ["config", "explain", "nó.ő"]):
+        done = subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, timeout=20, check=False
+        )
+        assert b"Traceback" not in done.stderr
+        if arguments == ["list", "--json"]:
+            found = json.loads(done.stdout.decode(encoding))["results"]
+            assert [(m["id"], m["content"]) for m in found] == [(item["id"], text)]
