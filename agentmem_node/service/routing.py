@@ -17,6 +17,8 @@ from agentmem_cluster.errors import (
     DeadlineExceeded,
     NoQuorum,
     NotLeader,
+    Overloaded,
+    ShuttingDown,
     Unavailable,
     WrongShard,
 )
@@ -61,6 +63,7 @@ class Routing:
         self._link = link
         self._clock = clock
         self._leader_hints: dict[str, str] = {}
+        self._asked = 0
 
     # -- what is where ------------------------------------------------------------------
 
@@ -120,9 +123,13 @@ class Routing:
         """Run `here` when this node leads the shard, else `there(leader, info)`.
 
         NotLeader and WrongShard are certainly-not-done outcomes, so the call goes on with the
-        next leader until the deadline. Everything else is the caller's.
+        next leader until the deadline. So it does when a leader went away with the request: what
+        is sent again carries the same request id, and the ledger answers what became of it. From
+        then on a refusal says nothing about the first try, and is told as what it is: unknown.
+        Everything else is the caller's.
         """
         give_up = min(deadline, self._clock.monotonic() + _LEADER_WAIT_S_MAX)
+        is_unknown = False
         while True:
             local = self.local.get(shard_id)
             try:
@@ -139,8 +146,24 @@ class Routing:
                     self._leader_hints.pop(shard_id, None)
             except WrongShard:
                 self._leader_hints.pop(shard_id, None)
+            except (Unavailable, Overloaded) as error:
+                went_away = type(error) is Unavailable or isinstance(error, ShuttingDown)
+                if not went_away and not is_unknown:
+                    raise
+                if went_away and not is_unknown:
+                    # Its successor is elected from now on.
+                    give_up = min(deadline, self._clock.monotonic() + _LEADER_WAIT_S_MAX)
+                    is_unknown = True
+                self._leader_hints.pop(shard_id, None)
             if self._clock.monotonic() >= give_up:
                 self.remaining(deadline)
+                if is_unknown:
+                    raise DeadlineExceeded(
+                        f"The leader of shard {shard_id} was lost before it answered, and no other "
+                        "has answered since; a write may or may not have taken effect.",
+                        hint="Retry with the same Idempotency-Key.",
+                        shard=shard_id,
+                    )
                 raise NoQuorum(
                     f"Shard {shard_id} has no leader that this node can reach.",
                     hint="A majority of its replicas must be up: see `agentmem cluster status`.",
@@ -149,13 +172,18 @@ class Routing:
             await asyncio.sleep(_LEADER_POLL_S)
 
     def _next_leader(self, shard_id: str) -> str | None:
+        """Whom to send to now; None: wait. Never somebody who cannot be reached, because a leader
+        that died stays in the hint of every node that has no replica."""
         known = self.leader_of(shard_id)
-        if known is not None or shard_id in self.local:
+        if known is not None and self.is_connected(known):
             return known
-        # Not a member: ask any member, who answers or names the leader.
+        if shard_id in self.local:
+            return None  # its own replica will learn the next leader
+        # Not a member: ask a member, another one each time, who answers or names the leader.
         members = self.current_map().shards[shard_id].members
         candidates = [m for m in members if self.is_connected(m)]
-        return candidates[0] if candidates else None
+        self._asked += 1
+        return candidates[self._asked % len(candidates)] if candidates else None
 
     def is_connected(self, peer: str) -> bool:
         return peer == self.node_id or (self._link is not None and self._link.is_up(peer))
