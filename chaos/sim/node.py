@@ -7,6 +7,7 @@ core, a flush takes as long as the disk takes, and what the core releases goes t
 from __future__ import annotations
 
 import errno
+import math
 import os
 import traceback
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class SimNode:
         self._chance = stream(plan.seed, f"node/{name}")
         self._held: list[Callable[[], None]] = []
         self._turn_planned = False
-        self._timer = 0
+        self._timer_s = math.inf
         self._flushing = False
         self._shown: dict[str, tuple[bool, str | None]] = {}
 
@@ -143,6 +144,7 @@ class SimNode:
             return False
         self.tell(why)
         self.core = self.journal = None
+        self._timer_s = math.inf
         self.machines.clear()
         self.boot_number += 1
         self.paused = self._turn_planned = self._flushing = self.fsync_failed = False
@@ -267,12 +269,21 @@ class SimNode:
         self._plan_turn()
 
     def _set_timer(self) -> None:
+        """Wake when the core wants to be. A timer that rings too early just sets the next one."""
         if self.core is None:
             return
-        self._timer += 1
-        mine, delay_s = self._timer, self.clock.virtual_s_until(self.core.next_wakeup())
         # Never quite now: a core that asks for the same instant for ever would stop time.
-        self._later(max(delay_s, 1e-4), lambda: self._plan_turn() if mine == self._timer else None)
+        delay_s = max(self.clock.virtual_s_until(self.core.next_wakeup()), 1e-4)
+        at_s = self._schedule.now_s + delay_s
+        if self._timer_s <= at_s:
+            return
+        self._timer_s = at_s
+        self._later(delay_s, lambda: self._ring(at_s))
+
+    def _ring(self, at_s: float) -> None:
+        if at_s == self._timer_s:
+            self._timer_s = math.inf
+            self._plan_turn()
 
     def _run(self, step: Callable[[NodeCore], Any]) -> Any:
         """Run a step of the core; an exception that escapes it is a violation by itself."""
