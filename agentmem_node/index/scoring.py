@@ -111,11 +111,12 @@ def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults)
     else:
         held, inverse = np.unique(cells, return_inverse=True)
         sums = _sums(inverse, lent, len(held))
-    term, at = np.divmod(held, n)
-    real = at > 0
-    if real.all():
-        return Matches(term, at, sums)
-    return Matches(term[real], at[real], sums[real])
+    # Cells are sorted, so that a term's are in one piece: cheaper than dividing each by n.
+    ends = held.searchsorted(np.arange(1, terms + 1) * n)
+    term = np.arange(terms).repeat(np.diff(ends, prepend=0))
+    held -= term * n
+    real = held > 0
+    return Matches(term[real], held[real], sums[real])
 
 
 def vector_scores(block: Block, cosines: Floats, *, with_text: bool) -> Floats:

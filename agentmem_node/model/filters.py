@@ -70,6 +70,8 @@ _ALIASES: Final = {
     "keywords": "content",
     "text": "content",
 }
+# Far beyond any importance; a JSON integer may have hundreds of digits and fit no float.
+_NUMBER_MAX: Final = 1e9
 _LOGIC: Final = ("AND", "OR", "NOT")
 _MEMORY_TYPES: Final[tuple[str, ...]] = MemoryType.__args__  # type: ignore[attr-defined]
 
@@ -227,7 +229,8 @@ class _Parser:
         if field in TIME_FIELDS:
             return _time(key, value)
         if field == "importance":
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or abs(value) > _NUMBER_MAX:
                 raise InvalidFilter(
                     f"`{key}` compares with a number of 0 to 1, not {_shown(value)}.", key=key
                 )

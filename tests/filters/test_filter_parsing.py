@@ -103,6 +103,8 @@ def test_the_names_of_mem0_are_known() -> None:
         ({"created_at": True}, "`created_at`"),
         ({"importance": "high"}, "`importance`"),
         ({"importance": {"exists": True}}, "'exists'"),
+        ({"importance": {"lt": 10**400}}, "`importance`"),
+        ({"created_at": 10**400}, "`created_at`"),
         ({"memory_type": "poem"}, "episodic"),
         ({"memory_type": None}, "`memory_type`"),
         ({"categories": {"in": []}}, "`categories.in`"),
