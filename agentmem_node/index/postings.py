@@ -1,8 +1,8 @@
 """Which memories of a block hold which terms, and how often.
 
 A sorted base (one run of rows a term) and a short unsorted tail for what came since; the tail
-is merged when a search finds it long. Removing a memory zeroes its entries and counts down the
-document frequencies, so that these are always exact.
+is merged when a search finds it long. Before a search looks, the entries of removed memories are
+zeroed and the document frequencies counted down, so that these are always exact.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Postings:
         self._rows = np.zeros(0, dtype=np.int32)
         self._counts = np.zeros(0, dtype=np.uint8)
         self._has_zeroed = False
+        self._removed: dict[int, int] = {}  # row -> length of the tail then
         self._tail_keys: Keys = np.zeros(_TAIL_ROOM, dtype=np.uint64)
         self._tail_rows = np.zeros(_TAIL_ROOM, dtype=np.int32)
         self._tail_counts = np.zeros(_TAIL_ROOM, dtype=np.uint8)
@@ -82,21 +83,36 @@ class Postings:
         self._tail = end
 
     def remove(self, row: int) -> None:
-        """Forget what `row` holds."""
-        at = np.flatnonzero(self._rows == row)
-        if len(at):
-            at = at[self._counts[at] > 0]
+        """Forget what `row` holds now. Carried out with the next search, together with others:
+        it takes a pass over all entries."""
+        self._removed[row] = self._tail
+
+    def _carry_out_removals(self) -> None:
+        if not self._removed:
+            return
+        rows = np.fromiter(self._removed, np.int64, len(self._removed))
+        # Of a row that got new terms since, entries from this one on are to stay.
+        ends = np.fromiter(self._removed.values(), np.int64, len(rows))
+        self._removed.clear()
+        end_of: Ints = np.zeros(int(rows.max()) + 1, dtype=np.int64)
+        end_of[rows] = ends + 1
+        if len(self._rows):
+            at = (end_of.take(self._rows, mode="clip") > 0).nonzero()[0]
+            # Rows beyond the table were taken for its last one.
+            at = at[(self._rows[at] < len(end_of)) & (self._counts[at] > 0)]
             self._counts[at] = 0
-            self._frequencies[self._starts.searchsorted(at, side="right") - 1] -= 1
-            self._has_zeroed = True
-        tail = slice(0, self._tail)
-        in_tail = self._tail_rows[tail] == row
-        if in_tail.any():
-            self._tail_counts[tail][in_tail] = 0
+            np.subtract.at(self._frequencies, self._starts.searchsorted(at, side="right") - 1, 1)
+            self._has_zeroed |= len(at) > 0
+        tail_rows = self._tail_rows[: self._tail]
+        stays = np.arange(1, self._tail + 1) >= end_of.take(tail_rows, mode="clip")
+        stays |= tail_rows >= len(end_of)
+        if not stays.all():
+            self._tail_counts[: self._tail][~stays] = 0
             self._has_zeroed = True
 
     def find(self, keys: Keys) -> Found:
         """Where the terms are. Valid until the next change."""
+        self._carry_out_removals()
         self.merge_if_long()
         size = len(keys)
         if len(self._keys):
@@ -152,6 +168,7 @@ class Postings:
 
     def merge(self) -> None:
         """Bring the tail into the base, and drop zeroed entries. Linear in the base."""
+        self._carry_out_removals()
         if self._has_zeroed:
             self._drop_zeroed()
         keys = self._tail_keys[: self._tail]
