@@ -22,6 +22,7 @@ import msgspec
 from agentmem_cluster.errors import (
     AgentMemError,
     Conflict,
+    DeadlineExceeded,
     DiskFull,
     InternalError,
     NotFound,
@@ -160,7 +161,7 @@ class Writes:
                     results[p.position] = result
         if failures and len(failures) == len(commands):
             # Nothing at all was stored, or nobody knows: one error says so better than many.
-            raise failures[0]
+            raise _least_certain(failures)
         return rq.AddAnswer(results=cast("list[rq.AddedItem]", results), token=encode_token(tokens))
 
     async def _embed(self, drafts: list[Draft], deadline: float) -> None:
@@ -260,15 +261,15 @@ class Writes:
             # on that state could answer "not found" for an acknowledged memory.
             await local.group.read_index(deadline=deadline)
             stored = local.shard.get(tenant, key)
+            now_ms = self._clock.wall_ms()
             if local.shard.ledger_lookup(tenant, request_id) is None:
-                if stored is None:
+                if stored is None or stored.is_expired(now_ms):
                     raise not_found(key)
                 if change.expected_version not in (None, stored.version):
                     raise version_conflict(stored.version)
             if stored is None:
                 raise not_found(key)  # changed once under this id, deleted since
             memory = _memory_decoder.decode(stored.record)
-            now_ms = self._clock.wall_ms()
             after = changed(memory, change, now_ms, self._limits)
             vector: bytes | None = None
             if change.vector is not msgspec.UNSET:
@@ -279,6 +280,7 @@ class Writes:
                     self._routing.remaining(deadline),
                 )
                 vector = rows[0].tobytes()
+            record = _json.encode(after)
             write = Write(
                 request_id=request_id,
                 fingerprint=fingerprint,
@@ -288,7 +290,7 @@ class Writes:
                     Update(
                         id=key,
                         read_version=stored.version,
-                        record=_json.encode(after),
+                        record=record,
                         vector=vector,
                         expires_ms=None
                         if after.expires_at is None
@@ -298,6 +300,9 @@ class Writes:
             )
             written = await self._propose_here(local, write, deadline)
             outcome = written.outcomes[0]
+            if outcome.status == "ok" and not written.replayed:
+                # What this update made: by now the memory may be changed again, or deleted.
+                return [record, outcome.version, written.index]
             if outcome.status == "ok":
                 current = local.shard.get(tenant, key)
                 if current is None:
@@ -378,7 +383,7 @@ class Writes:
                     else _not_deleted(format_id(op.id), not_found(op.id))
                 )
         if failures and len(failures) == len(parts):
-            raise failures[0]
+            raise _least_certain(failures)
         return rq.DeleteAnswer(
             results=cast("list[rq.DeletedItem]", results), token=encode_token(tokens)
         )
@@ -532,6 +537,15 @@ def _refused(error: AgentMemError) -> rq.AddedItem:
 
 def _not_deleted(memory_id: str, error: AgentMemError) -> rq.DeletedItem:
     return rq.DeletedItem(id=memory_id, event="ERROR", error=_item_error(error))
+
+
+def _least_certain(failures: Sequence[AgentMemError]) -> AgentMemError:
+    """The error that speaks for all parts: one that leaves its part's outcome open, if any does,
+    because a refusal would tell the caller that nothing was done."""
+    for error in failures:
+        if isinstance(error, DeadlineExceeded | InternalError):
+            return error
+    return failures[0]
 
 
 def _item_error(error: AgentMemError) -> rq.ItemError:
