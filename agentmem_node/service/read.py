@@ -38,6 +38,8 @@ T = TypeVar("T")
 _SCAN_MAX = 2_000
 # A page of long memories ends early: an answer is held in memory whole.
 _PAGE_BYTES_MAX = 4 << 20
+# Rows that are read before their size is looked at.
+_ROWS_AT_ONCE = 64
 
 _history_decoder = msgspec.json.Decoder(HistoryEntry)
 _history_encoder = msgspec.json.Encoder()
@@ -204,22 +206,29 @@ class Reads:
             accept = partial(matches, condition)
         after: tuple[int, bytes] | None = None if body["after"] is None else tuple(body["after"])
         rows: list[list[Any]] = []
+        size = 0
         while True:
+            asked = min(body["limit"] - len(rows), _ROWS_AT_ONCE)
             page = local.shard.page(
                 body["tenant"],
                 scope.owner if scope.user_id is not None else None,
                 accept=accept,
                 after=after,
-                limit=body["limit"] - len(rows),
+                limit=asked,
                 now_ms=body["now_ms"],
                 scan_max=_SCAN_MAX,
             )
             rows += [[stored.created_ms, stored.id, stored.record] for stored in page.items]
+            size += sum(len(stored.record) for stored in page.items)
             after = page.after
-            if after is None or len(rows) >= body["limit"]:
+            # Past that size no answer shows the last of these rows (`_page_rows`), so what lies
+            # behind it belongs to a later page.
+            is_long = size > _PAGE_BYTES_MAX and len(rows) > 1
+            if after is None or is_long or len(rows) >= body["limit"]:
                 return [rows, local.shard.applied_index]
-            # A filter that few memories pass looks at many: let others run in between.
-            await asyncio.sleep(0)
+            if len(page.items) < asked:
+                # A filter that few memories pass looks at many: let others run in between.
+                await asyncio.sleep(0)
 
     async def on_list(self, _peer: str, body: dict[str, Any]) -> dict[str, Any]:
         """`read.list`: shard -> its page, or its error."""

@@ -8,7 +8,7 @@ So one shard and sixteen give the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -257,16 +257,16 @@ class Searches:
             [LegResults.from_wire(second.answers[shard]) for shard in parts],
             self._defaults,
         )
-        await self._fill(caller, fused, parts, seen)
-        partial = [shard for shard in shards if shard not in second.answers]
+        lost = await self._fill(caller, fused, parts, seen)
+        partial = [s for s in shards if s not in second.answers or s in lost]
         return SearchAnswer(fused.hits, partial, {s: seen[s] for s in parts}), fused
 
     async def _fill(
         self, caller: Caller, fused: Fused, parts: Sequence[str], seen: dict[str, int]
-    ) -> None:
-        """Fetch the records that the candidates came without."""
+    ) -> Sequence[str]:
+        """Fetch the records that the candidates came without. Shards that did not give theirs."""
         if not fused.missing:
-            return
+            return ()
         docs: dict[str, list[int]] = {}
         for _, part, doc in fused.missing:
             docs.setdefault(parts[part], []).append(doc)
@@ -274,7 +274,7 @@ class Searches:
             list(docs),
             "search.records",
             {"docs": docs},
-            lambda local: local.shard.index.records(docs[local.info.id]),
+            lambda local: _records_here(local, docs),
             "session",
             seen,
             caller.deadline,
@@ -289,6 +289,7 @@ class Searches:
         # What was deleted between the rounds is no result any more.
         fused.hits = [hit for hit in fused.hits if hit.record]
         fused.missing = []
+        return found.missing(list(docs))
 
     def _statistics_here(self, local: LocalShard, query: SearchQuery) -> list[Any]:
         stats = local.shard.index.text_stats(query) if query.text else _NO_STATISTICS
@@ -322,10 +323,7 @@ class Searches:
 
     async def on_records(self, _peer: str, body: dict[str, Any]) -> dict[str, Any]:
         """`search.records`: shard -> records."""
-        read: Callable[[LocalShard], list[bytes]] = lambda local: local.shard.index.records(  # noqa: E731
-            body["docs"][local.info.id]
-        )
-        return await self._reads.answer_each(body, read)
+        return await self._reads.answer_each(body, lambda local: _records_here(local, body["docs"]))
 
     def _query_of(self, body: dict[str, Any]) -> SearchQuery:
         user_id, agent_id, app_id, run_id = body["scope"]
@@ -346,6 +344,17 @@ class Searches:
             after=None if after is None else (after[0], after[1]),
             language=body["language"],
         )
+
+
+def _records_here(local: LocalShard, docs: Mapping[str, Sequence[int]]) -> list[bytes]:
+    """Records in the order asked; empty for a memory that was deleted since it was found."""
+    records: list[bytes] = []
+    for doc in docs[local.info.id]:
+        try:
+            records += local.shard.index.records([doc])
+        except KeyError:
+            records.append(b"")
+    return records
 
 
 def _split_cursor(text: str, now_ms: int) -> tuple[str, int]:
