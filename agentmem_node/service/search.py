@@ -8,7 +8,7 @@ So one shard and sixteen give the same order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -274,7 +274,7 @@ class Searches:
             list(docs),
             "search.records",
             {"docs": docs},
-            lambda local: _records_here(local, docs),
+            lambda local: local.shard.index.records(docs[local.info.id]),
             "session",
             seen,
             caller.deadline,
@@ -344,17 +344,6 @@ class Searches:
             after=None if after is None else (after[0], after[1]),
             language=body["language"],
         )
-
-
-def _records_here(local: LocalShard, docs: Mapping[str, Sequence[int]]) -> list[bytes]:
-    """Records in the order asked; empty for a memory that was deleted since it was found."""
-    records: list[bytes] = []
-    for doc in docs[local.info.id]:
-        try:
-            records += local.shard.index.records([doc])
-        except KeyError:
-            records.append(b"")
-    return records
 
 
 def _split_cursor(text: str, now_ms: int) -> tuple[str, int]:
