@@ -323,7 +323,10 @@ class Searches:
 
     async def on_records(self, _peer: str, body: dict[str, Any]) -> dict[str, Any]:
         """`search.records`: shard -> records."""
-        return await self._reads.answer_each(body, lambda local: _records_here(local, body["docs"]))
+        docs = body["docs"]
+        return await self._reads.answer_each(
+            body, lambda local: local.shard.index.records(docs[local.info.id])
+        )
 
     def _query_of(self, body: dict[str, Any]) -> SearchQuery:
         user_id, agent_id, app_id, run_id = body["scope"]
