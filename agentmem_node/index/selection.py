@@ -22,6 +22,8 @@ from agentmem_node.index.vectors import QueryVector, exact_cosines
 from agentmem_node.model.search import LegName, SearchQuery
 
 _GROUPS_EACH: Final = 16
+# Rows scored again in float32 for one page, besides two for each place on it: 1 us each.
+_RESCORED_MAX: Final = 1_024
 # Of sums made in another order; far below the grid of scores.
 _ROUNDING: Final = 1e-9
 
@@ -43,7 +45,8 @@ class Scored:
     vector: QueryVector | None
     cosines: Floats | None  # of every row, by int8
     with_text: bool
-    is_exact: Bools | None = None  # rows whose vector score was corrected already
+    exact: Floats | None = None  # scores of the vector leg corrected by float32,
+    is_exact: Bools | None = None  # of the rows for which that was done
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ def weighted_page(
     rows: Ints = chosen.nonzero()[0]
     if not len(rows):
         return _EMPTY
+    if len(rows) > _RESCORED_MAX + 2 * query.top_k:
+        rows = _cut(scored, rows, total[rows], query.after, _RESCORED_MAX + 2 * query.top_k)
     legs = [_refined(scored, leg, rows, read) for leg in range(len(scored.legs))]
     final = weighted_scores(legs, weights)
     columns = scored.block.columns
@@ -103,6 +108,23 @@ def weighted_page(
         order, ids, scores = order[skip:end], ids[skip:end], scores[skip:end]
     docs = columns.doc[rows[order]].tolist()
     return Page(ids, docs, scores, [leg[order].tolist() for leg in legs])
+
+
+def _cut(
+    scored: Scored, rows: Ints, about: Floats, after: tuple[float, bytes] | None, most: int
+) -> Ints:
+    """The likeliest `most` of rows that cannot be told apart by int8: hundreds of equal memories.
+
+    Equal ones come by id, and those that the pages before have shown last.
+    """
+    columns = scored.block.columns
+    high, low = columns.id_high[rows], columns.id_low[rows]
+    keys = [low, high, -about]
+    if after is not None:
+        last_high = np.uint64(int.from_bytes(after[1][:8], "big"))
+        last_low = np.uint64(int.from_bytes(after[1][8:], "big"))
+        keys.append((high < last_high) | ((high == last_high) & (low <= last_low)))
+    return np.sort(rows[np.lexsort(keys)[:most]])
 
 
 def _totals(
@@ -138,6 +160,8 @@ def ranked_lists(scored: Scored, defaults: RankingDefaults, read: ReadVectors) -
         spread = _spread(scored, 1.0, defaults) if name == "vector" else _ROUNDING
         least = _nth_largest(scores - spread, defaults.rank_window)
         rows: Ints = (scores + spread >= max(least, 0.0)).nonzero()[0]
+        if len(rows) > _RESCORED_MAX:
+            rows = _cut(scored, rows, scores[rows], None, _RESCORED_MAX)
         exact = on_grid(_refined(scored, number, rows, read))
         columns = scored.block.columns
         order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -exact))
@@ -171,7 +195,8 @@ def _refined(scored: Scored, leg: int, rows: Ints, read: ReadVectors) -> Floats:
     if scored.legs[leg][0] != "vector" or vector is None or cosines is None:
         return scores[rows]
     todo = rows
-    if scored.is_exact is None:
+    if scored.is_exact is None or scored.exact is None:
+        scored.exact = np.empty(len(scores))
         scored.is_exact = np.zeros(len(scores), dtype=np.bool_)
     else:
         todo = rows[~scored.is_exact[rows]]
@@ -184,11 +209,11 @@ def _refined(scored: Scored, leg: int, rows: Ints, read: ReadVectors) -> Floats:
         )
         np.minimum(values, 1.0, out=values)
         np.maximum(values, 0.0, out=values)
-        scores[todo] = values
+        scored.exact[todo] = values
         scored.is_exact[todo] = True
         if len(todo) == len(rows):
             return values
-    return scores[rows]
+    return scored.exact[rows]
 
 
 def _ids(block: Block, rows: Ints) -> list[bytes]:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentmem_node.index import blocks
+from agentmem_node.index import blocks, selection
 from agentmem_node.index.blocks import BlockBudget
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.fusion import Fused, LegResults, fuse
@@ -373,3 +373,25 @@ def test_a_record_deleted_between_two_phases_is_left_out(source: Any) -> None:
     index = ShardIndex(source)
     index.apply([source.delete(gone.doc)])
     assert index.records([kept.doc, gone.doc]) == [source.records([kept.doc])[0], b""]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"text": "tea"}, {"vector": kit.unit([1.0] * kit.DIM).tobytes()}]
+)
+def test_pages_go_through_thousands_of_equal_memories(
+    source: Any, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(selection, "_RESCORED_MAX", 20)
+    order = random.Random(1).sample(range(300), 300)
+    for number in order:
+        source.add(number, "tea", kit.unit([1.0] * kit.DIM), user_id="ana")
+    index = ShardIndex(source)
+    query = SearchQuery("acme", Scope(user_id="ana"), 7, kit.NOW_MS, explain=True, **asked)
+    found: list[int] = []
+    while True:
+        answer = index.search_local(query)
+        found += [int.from_bytes(hit.id, "big") for hit in answer.hits]
+        if answer.next_after is None:
+            break
+        query = dataclasses.replace(query, after=answer.next_after)
+    assert found == sorted(order)
