@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from agentmem_cluster.errors import AgentMemError
+from agentmem_cluster.raft.applying import LogBehind
 from agentmem_node.api.server import HttpServer
 from agentmem_node.config import Config, ConfigError, check_startup, split_address
 from agentmem_node.observe.logs import set_up_logging
@@ -53,6 +54,9 @@ def serve(config: Config, *, announce: Callable[[str], None]) -> int:
         except (DataDirError, ConfigError, WrongModel) as error:
             announce(f"error: {error}")
             return EXIT_CONFIG
+        except LogBehind as error:
+            announce(f"error: {error}.")
+            return EXIT_FAILED
         except AgentMemError as error:
             announce(f"error: {error.message} {error.hint}".rstrip())
             return EXIT_FAILED

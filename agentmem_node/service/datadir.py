@@ -101,6 +101,12 @@ def _check_identity(path: Path, node_id: str, cluster: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         new.rename(file)
+        # Without this a power loss could leave a journal that belongs to nobody.
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
         return
     except (OSError, msgspec.DecodeError) as error:
         raise DataDirError(f"{file} cannot be read: {error}.") from error

@@ -30,7 +30,7 @@ from agentmem_cluster.raft.api import GROUP_META, GroupSpec
 from agentmem_cluster.raft.host import AsyncGroup, Host
 from agentmem_cluster.runtime import Clock, Disk, Rng
 from agentmem_cluster.shardmap import ShardMap
-from agentmem_node.config import Config
+from agentmem_node.config import Config, ConfigError
 from agentmem_node.providers.base import ModelIdentity
 from agentmem_node.service.routing import Routing
 
@@ -44,6 +44,8 @@ _CALL_S = 2.0
 # first catches up and the cluster first calms down.
 _TRANSFER_QUIET_S = 3.0
 _TRANSFER_LAG_MAX = 64
+# What reading a view can raise that was damaged, or comes from another version.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, AgentMemError)
 
 
 class WrongModel(Exception):
@@ -95,6 +97,7 @@ class Membership:
         routing: Routing,
         own: NodeInfo,
         on_view: Callable[[View], Awaitable[None]],
+        on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._config = config
         self._disk = disk
@@ -105,6 +108,7 @@ class Membership:
         self._routing = routing
         self._own = own
         self._on_view = on_view
+        self._on_fatal = on_fatal
         self._node_id = config.node.id
         self._all = sorted(config.cluster.nodes) or [self._node_id]
         self._voters = meta_voters(self._all)
@@ -136,7 +140,11 @@ class Membership:
         ]
 
     async def wait_view(self, timeout_s: float) -> View:
-        """The first view. Raises TimeoutError, and what `start`'s background work died of."""
+        """The first view. Raises TimeoutError, and what `start`'s background work died of.
+
+        What it dies of later is told to `on_fatal`: a node that no longer follows its cluster
+        must not go on as if it did.
+        """
         waiter = asyncio.create_task(self._view_ready.wait())
         try:
             await asyncio.wait(
@@ -147,7 +155,14 @@ class Membership:
         self.check()
         if self.view is None:
             raise TimeoutError
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
         return self.view
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._on_fatal(error)
 
     def check(self) -> None:
         """Raises what ended the background work, if anything did."""
@@ -227,10 +242,10 @@ class Membership:
             assert self._link is not None
             try:
                 wire = await self._link.call(voter, "meta.view", {}, timeout=_CALL_S)
-            except AgentMemError:
-                continue
-            if wire is not None:
-                return View.from_wire(wire)
+                if wire is not None:
+                    return View.from_wire(wire)
+            except _UNREADABLE as error:
+                log.debug("no view of the cluster from %s: %r", voter, error)
         return None
 
     async def _on_view_asked(self, _peer: str, _body: dict[str, Any]) -> dict[str, Any] | None:
@@ -287,19 +302,27 @@ class Membership:
             return None
         file = self._disk.open(_VIEW_FILE)
         try:
-            return View.from_wire(msgpack.unpackb(file.pread(file.size(), 0)))
+            wire = msgpack.unpackb(file.pread(file.size(), 0))
+            view, voters = View.from_wire(wire), tuple(wire["voters"])
         # A damaged copy is no loss: the meta group has the original.
-        except (ValueError, KeyError, TypeError, AgentMemError) as error:
+        except (*_UNREADABLE, OSError) as error:
             log.warning("cannot read the kept shard map (%s); asking the cluster", error)
             return None
         finally:
             file.close()
+        if voters != self._voters:
+            raise ConfigError(
+                f"With these [cluster.nodes], {', '.join(self._voters)} would vote on what the "
+                f"cluster is, but {', '.join(voters)} founded it: two majorities could decide two "
+                "things. Give [cluster.nodes] as it was then; only addresses may change."
+            )
+        return view
 
     def _save_view(self, view: View) -> None:
         try:
             file = self._disk.open(_VIEW_FILE + ".new", create=True)
             try:
-                data: bytes = msgpack.packb(view.to_wire())
+                data: bytes = msgpack.packb(view.to_wire() | {"voters": self._voters})
                 file.truncate(0)
                 file.pwrite(data, 0)
                 file.datasync()

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agentmem_cluster.errors import AgentMemError, ModelUnavailable, Unavailable
+from agentmem_cluster.errors import AgentMemError, ModelUnavailable, NotLeader, Unavailable
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.link.tls import LinkTls
@@ -47,6 +47,17 @@ log = logging.getLogger("agentmem.node")
 
 _START_S_MAX = 60.0
 _DISK_CHECK_S = 0.5
+# What peers ask of a node; `Node._serve_peers` says by whom it is answered.
+_CALLS = (
+    "write.propose",
+    "write.update",
+    "read.get",
+    "read.history",
+    "read.list",
+    "search.statistics",
+    "search.candidates",
+    "search.records",
+)
 
 
 class Node:
@@ -106,19 +117,29 @@ class Node:
             embedder=self._embedder,
             settings=config.search,
         )
-        if self._link is not None:
-            for method, handler in (
-                ("write.propose", self._writes.on_propose),
-                ("write.update", self._writes.on_update),
-                ("read.get", self._reads.on_get),
-                ("read.history", self._reads.on_history),
-                ("read.list", self._reads.on_list),
-                ("search.statistics", self._searches.on_statistics),
-                ("search.candidates", self._searches.on_candidates),
-                ("search.records", self._searches.on_records),
-            ):
-                self._link.register(method, handler)
+        self._serve_peers()
         await self._wait_until_ready()
+
+    def _serve_peers(self) -> None:
+        if self._link is None:
+            return
+        writes, reads, searches = self._writes, self._reads, self._searches
+        handlers = (
+            writes.on_propose,
+            writes.on_update,
+            reads.on_get,
+            reads.on_history,
+            reads.on_list,
+            searches.on_statistics,
+            searches.on_candidates,
+            searches.on_records,
+        )
+        for method, handler in zip(_CALLS, handlers, strict=True):
+            self._link.register(method, handler)
+
+    async def _not_yet(self, _peer: str, _body: dict[str, Any]) -> None:
+        """Until the model is loaded: this node's replicas may lead already, but serve nobody."""
+        raise NotLeader(f"Node {self.node_id} is still starting.")
 
     async def _start_cluster(self, config: Config) -> None:
         path = Path(config.node.data_dir)
@@ -135,6 +156,9 @@ class Node:
         if self._journal.recovered.cut_reason:
             log.warning("journal: %s", self._journal.recovered.cut_reason)
         self._link = self._make_link(config)
+        if self._link is not None:
+            for method in _CALLS:
+                self._link.register(method, self._not_yet)
         self._routing = Routing(self.node_id, self._link, self.clock)
         self._text = TextEngine(path / "text")
         self._host = Host(
@@ -167,6 +191,7 @@ class Node:
                 version=Status.VERSION,
             ),
             on_view=self._reconcile,
+            on_fatal=self._fatal,
         )
         self._status = Status(
             config, self._routing, self._membership, self._host, self._journal, self._link
@@ -177,7 +202,13 @@ class Node:
         await self._membership.start(identity_of(config.embedding.provider, config.embedding.dim))
         await self._host.start()
         if self._link is not None:
-            await self._link.start()
+            try:
+                await self._link.start()
+            except OSError as error:
+                raise ConfigError(
+                    f"Cannot listen for other nodes on {config.peer_listen}: {error}. Stop what "
+                    "uses the port, or choose another with --set node.peer_listen=HOST:PORT."
+                ) from error
 
     def _make_link(self, config: Config) -> Link | None:
         if len(config.cluster.nodes) < 2:
@@ -287,7 +318,11 @@ class Node:
     async def _watch_disk(self, disk: RealDisk) -> None:
         while True:
             await asyncio.sleep(_DISK_CHECK_S)
-            self._check_disk(disk)
+            try:
+                self._check_disk(disk)
+            except OSError as error:
+                # What was known last stands; the journal notices by itself when writing fails.
+                log.warning("cannot ask how much of the disk is free: %s", error)
 
     def _fatal(self, error: BaseException) -> None:
         log.critical("this node cannot go on: %s", error)
