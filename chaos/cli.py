@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import click
 from rich.console import Console
@@ -71,23 +71,28 @@ def sim(
         raise click.UsageError("--story tells one world: give --seed without --worlds")
     console = Console(stderr=as_json, highlight=False)
     orders = [Order(s, nodes, seconds, story) for s in chosen]
+    played = iter([play(orders[0])]) if count == 1 else play_all(orders, jobs=jobs)
+    if as_json:
+        played = printed_as_json(played)
     if count == 1:
-        outcome = play(orders[0])
-        if story:
-            tell(console, outcome.result.lines)
-        outcomes = [outcome]
+        outcomes = list(played)
+        if story and not as_json:
+            tell(console, outcomes[0].result.lines)
     else:
         console.print(f"{count} worlds, {begun}")
-        outcomes = with_progress(console, play_all(orders, jobs=jobs), count)
-    if as_json:
-        for outcome in outcomes:
-            click.echo(json.dumps(as_object(outcome)))
-    else:
-        console.print(summary(outcomes))
+        outcomes = with_progress(console, played, count)
+    console.print(summary(outcomes))
     failed = [outcome for outcome in outcomes if not outcome.result.passed]
     for outcome in failed:
         report(console, outcome, told=story)
     sys.exit(EXIT_VIOLATION if failed else 0)
+
+
+def printed_as_json(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """A line on stdout for each world as it ends, so that a long run can be watched."""
+    for outcome in outcomes:
+        click.echo(json.dumps(as_object(outcome)))
+        yield outcome
 
 
 def with_progress(console: Console, outcomes: Iterable[Outcome], count: int) -> list[Outcome]:

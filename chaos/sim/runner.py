@@ -66,6 +66,7 @@ def play(order: Order) -> Outcome:
     finally:
         log.setLevel(level)
         gc.enable()
+        gc.collect()
     return Outcome(order, result, time.perf_counter() - begun_s)
 
 
