@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # How much may be changed before the transaction is committed. Its changed pages are held in
 # memory until then, in each shard of the node.
-_COMMIT_BYTES: Final = 4 << 20
+_COMMIT_BYTES: Final = 1 << 20
 # What a command can add to the file at most, beyond twice its bytes: pages of the trees that it
 # changes, most of them shared between commands.
 _COMMAND_BYTES: Final = 16 << 10

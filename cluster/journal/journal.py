@@ -27,7 +27,7 @@ __all__ = ["FlushJob", "GroupLog", "Journal", "JournalCorrupt", "JournalStats"]
 SEGMENT_BYTES = 64 << 20
 # Entries kept in memory for followers that are a moment behind. Older ones are read back from
 # the page cache, at about 1 us each, so a larger window would only cost resident memory.
-WINDOW_BYTES = 8 << 20
+WINDOW_BYTES = 4 << 20
 # A segment is worth emptying by hand when this little of it is alive.
 _LEFTOVER_PART = 4
 _RELOCATED_BYTES_MAX = 4 << 20
