@@ -31,6 +31,7 @@ from agentmem_cluster.raft.frames import BOOT_BYTES
 
 HANDOFF_S = 0.0002  # from the sync thread back to the loop
 RESTART_S = (0.2, 3.0)
+SYNC_S_MAX = 3.0  # or a sync that began before the healing would outlast the world
 
 
 class SimNode:
@@ -215,7 +216,8 @@ class SimNode:
         self._schedule.after(sync_s, lambda: self._sync_ended(boot, ready))
 
     def _sync_s(self) -> float:
-        return self._chance.uniform(*self.plan.sync_s) * self.own_slowness * self.slowness
+        sync_s = self._chance.uniform(*self.plan.sync_s) * self.own_slowness * self.slowness
+        return min(sync_s, SYNC_S_MAX)
 
     def _sync_ended(self, boot: int, ready: Ready) -> None:
         if not self.alive or boot != self.boot_number or ready.job is None:
