@@ -238,6 +238,14 @@ class SearchSection(_Section, frozen=True):
         dict[LegName, Annotated[float, Meta(ge=0, le=100)]],
         Meta(description="Weights of the engines. Empty: the measured defaults."),
     ] = {}
+    index_bytes_max: Annotated[
+        int,
+        Meta(
+            ge=16 * MIB,
+            description="Memory that indexes of owners may take, all shards of the node together. "
+            "The owner not searched for longest goes first, and is built again when searched.",
+        ),
+    ] = 2 * GIB
     hedge_ms: Annotated[
         int,
         Meta(

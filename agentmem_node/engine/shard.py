@@ -159,6 +159,8 @@ class Shard:
             # The journal still holds everything after the checkpoint before.
             pass
         finally:
+            if self._index is not None:
+                self._index.close()
             self._store.env.close()
 
     # -- reads --------------------------------------------------------------------------
