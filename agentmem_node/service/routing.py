@@ -200,13 +200,19 @@ class Routing:
         return await self._link.call(peer, method, body, timeout=left)
 
     def replica_for_read(self, shard_id: str, avoid: Iterable[str] = ()) -> str | None:
-        """This node when it has a replica, else a connected member, the leader first."""
+        """This node when it has a replica, else a connected member, the leader first.
+
+        A replica that waits to be seeded anew will not catch up: it is asked last.
+        """
         avoided = set(avoid)
-        if shard_id in self.local and self.node_id not in avoided:
+        here = self.local.get(shard_id)
+        if self.node_id in avoided:
+            here = None
+        if here is not None and not here.group.needs_reseed:
             return self.node_id
         info = self.current_map().shards[shard_id]
         order = sorted(info.members, key=lambda m: m != self._leader_hints.get(shard_id))
         for member in order:
             if member not in avoided and member != self.node_id and self.is_connected(member):
                 return member
-        return None
+        return None if here is None else self.node_id

@@ -27,6 +27,7 @@ from agentmem_node.model.filters import parse_filter
 from agentmem_node.model.limits import Limits
 from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import LegName, SearchAnswer, SearchQuery
+from agentmem_node.model.times import TIME_MS_MAX
 from agentmem_node.providers.base import EmbeddingProvider
 from agentmem_node.service.contract import Caller
 from agentmem_node.service.deadlines import within
@@ -36,6 +37,10 @@ from agentmem_node.service.read import Reads, promoted, session_tokens, settle
 from agentmem_node.service.routing import LocalShard, Routing
 
 _NO_STATISTICS = TextStats(0, 0, ())
+_WEIGHT_MIN = 0.001
+# Records that a shard sends along with its candidates; beyond it they are fetched for the page
+# alone. Every shard proposes a whole page, and all of them are held in memory together.
+_RECORDS_BYTES_MAX = 4 << 20
 _json = msgspec.json.Encoder(order="deterministic")
 
 
@@ -96,7 +101,7 @@ class Searches:
         tokens = session_tokens(request.consistency, request.token)
         shards = self._reads.shards_of(caller.tenant, query.scope)
         local = self._routing.local.get(shards[0]) if len(shards) == 1 else None
-        if local is not None:
+        if local is not None and not local.group.needs_reseed:
             # The usual case, and the fastest: one shard, and this node has it.
             at = tokens.get(shards[0], 0)
             await settle(local, request.consistency, at, caller.deadline)
@@ -202,9 +207,11 @@ class Searches:
             legs if isinstance(legs, dict) else {name: usual.get(name, 1.0) or 1.0 for name in legs}
         )
         for name, weight in chosen.items():
-            if not 0 <= weight <= 100:  # refuses NaN too
+            # Refuses NaN too, and what would be lost in the sum of weights.
+            if weight != 0 and not _WEIGHT_MIN <= weight <= 100:
                 raise InvalidField(
-                    f"The weight of leg `{name}` is {weight}; it must be between 0 and 100.",
+                    f"The weight of leg `{name}` is {weight}; it must be 0, or between "
+                    f"{_WEIGHT_MIN} and 100.",
                     field="legs",
                 )
         # In one order, so that equal requests are equal queries.
@@ -298,7 +305,13 @@ class Searches:
     def _candidates_here(
         self, local: LocalShard, query: SearchQuery, stats: TextStats
     ) -> list[Any]:
-        return local.shard.index.legs(query, stats).to_wire()
+        results = local.shard.index.legs(query, stats)
+        size = 0
+        for candidate in results.candidates:
+            size += len(candidate.record)
+            if size > _RECORDS_BYTES_MAX:
+                candidate.record = b""
+        return results.to_wire()
 
     # -- what peers ask -------------------------------------------------------------------
 
@@ -353,9 +366,10 @@ def _split_cursor(text: str, now_ms: int) -> tuple[str, int]:
     """(cursor, the time of the first page). What is damaged is found by `decode_cursor`."""
     cursor, _, time_text = text.partition(".")
     try:
-        return cursor, int(time_text[:16], 16)
+        first_ms = int(time_text[:16], 16)
     except ValueError:
         return cursor, now_ms
+    return cursor, first_ms if 0 <= first_ms <= TIME_MS_MAX else now_ms
 
 
 def _fingerprint(query: SearchQuery, filters: dict[str, Any] | None) -> bytes:

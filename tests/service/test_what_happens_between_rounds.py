@@ -7,11 +7,12 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import pytest
 
+from agentmem_cluster.errors import InvalidField
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.raft.host import AsyncGroup
 from agentmem_cluster.realtime import RealClock, RealRng
@@ -39,6 +40,7 @@ class Led:
     """A group that has applied all there is."""
 
     is_leader = True
+    needs_reseed = False
 
     async def read_index(self, *, deadline: float) -> int:
         return 0
@@ -127,6 +129,54 @@ def test_a_shard_that_does_not_give_its_records_is_named(node: Node) -> None:
     answer = node.search(lambda: Gathered({"s00": [record.record]}))
     assert [format_id(hit.id) for hit in answer.hits] == [kept]
     assert answer.partial == ["s01"]
+
+
+@pytest.mark.parametrize("fusion", ["weighted", "rrf"])
+def test_long_memories_are_found_whole_without_every_shard_sending_its_own(
+    node: Node, fusion: Literal["weighted", "rrf"]
+) -> None:
+    """Of 2 * 80 memories of 60 kB, 5 MB a shard, a page shows 90."""
+    text = {}
+    for number in range(160):
+        content = f"tea {number} " + "x" * 60_000
+        text[node.add(f"s{number % 2:02d}", content, number)] = content
+    sent: list[int] = []
+    candidates = node.searches._candidates_here
+
+    def watched(*asked: Any) -> list[Any]:
+        wire = candidates(*asked)
+        sent.append(sum(len(row[4]) for row in wire[0]))
+        return wire
+
+    node.searches._candidates_here = watched  # type: ignore[method-assign, assignment]
+    request = rq.SearchRequest(query="tea", fusion=fusion, top_k=90)
+    answer = asyncio.run(node.searches.search(node.caller(), request))
+    assert max(sent) <= 4 << 20
+    found = [json.loads(bytes(hit.record)) for hit in answer.hits]
+    assert len(found) == 90
+    assert all(text[memory["id"]] == memory["content"] for memory in found)
+
+
+def test_a_leg_weighs_nothing_or_enough_to_count(node: Node) -> None:
+    node.add("s00", "tea", 1)
+    for weight in (5e-324, 1e-9, -1.0, 101.0, float("nan")):
+        request = rq.SearchRequest(query="tea", fusion="rrf", legs={"bm25": weight})
+        with pytest.raises(InvalidField, match="weight"):
+            asyncio.run(node.searches.search(node.caller(), request))
+
+
+def test_a_replica_that_waits_to_be_seeded_is_asked_last(node: Node) -> None:
+    routing = node.routing
+    behind = Led()
+    behind.needs_reseed = True
+    routing.local["s00"].group = cast("AsyncGroup", behind)
+    routing.map = ShardMap.initial(["a", "b"], shards=2, replication=2)
+    assert routing.replica_for_read("s01") == "a"
+    assert routing.replica_for_read("s00") == "a"
+    routing.is_connected = lambda peer: True  # type: ignore[method-assign]
+    assert routing.replica_for_read("s00") == "b"
+    assert routing.replica_for_read("s00", ["b"]) == "a"
+    assert routing.replica_for_read("s00", ["a", "b"]) is None
 
 
 @pytest.mark.parametrize("sizes", [[60_000] * 90, [5_000_000, 10, 5_000_000], [10] * 150])

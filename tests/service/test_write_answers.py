@@ -43,6 +43,7 @@ class Group:
 
     is_leader = True
     leader = "a"
+    needs_reseed = False
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
