@@ -7,27 +7,24 @@ a freshly built one rank alike (a property test says so).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
-import msgspec
 import numpy as np
 
 from agentmem_node.index.analysis import Analyzer
-from agentmem_node.index.columns import Coded, Columns, Floats, Ints
+from agentmem_node.index.columns import Columns, Floats, Ints
 from agentmem_node.index.defaults import RankingDefaults
+from agentmem_node.index.derived import DerivedColumns
 from agentmem_node.index.graph import BlockGraph
 from agentmem_node.index.postings import Postings
 from agentmem_node.index.runs import RunLinks
 from agentmem_node.index.source import IndexDoc
 from agentmem_node.index.vectors import VectorRows
-from agentmem_node.model.filter_tree import metadata_value
 
 # Dead rows cost scan time; beyond this share (and a few) the block is packed.
 _DEAD_SHARE_MAX: Final = 0.2
 _DEAD_ROWS_MIN: Final = 64
-# Metadata paths that filters have asked for and that are kept as columns.
-_METADATA_COLUMNS_MAX: Final = 16
 
 
 class Context(NamedTuple):
@@ -43,6 +40,7 @@ class Context(NamedTuple):
 class Block:
     def __init__(self, dim: int, analyzer: Analyzer, defaults: RankingDefaults) -> None:
         self.columns = Columns()
+        self.derived = DerivedColumns(self.columns)
         self.postings = Postings()
         self.links = RunLinks()
         self.vectors = VectorRows(dim)
@@ -124,20 +122,6 @@ class Block:
             lent += part
         return lent
 
-    def metadata_column(self, path: str, read: Callable[[int], Mapping[str, Any]]) -> Coded:
-        """The column of `metadata.path`, read from the store (`read(doc)`: the record) at first."""
-        columns = self.columns
-        column = columns.metadata.get(path)
-        if column is None:
-            if len(columns.metadata) >= _METADATA_COLUMNS_MAX:
-                del columns.metadata[next(iter(columns.metadata))]
-            column = Coded(columns.capacity)
-            for row in np.flatnonzero(columns.is_live[: columns.n]).tolist():
-                metadata = read(int(columns.doc[row])).get("metadata") or {}
-                column.codes[row] = metadata_code(column, metadata, path)
-            columns.metadata[path] = column
-        return column
-
     def bytes_used(self) -> int:
         context = 0 if self._context is None else 32 * self.columns.n
         return (
@@ -194,9 +178,9 @@ class Block:
         if self.on_text is not None:
             for doc in docs:
                 self.on_text(doc.doc, doc.memory.content)
-        for path, column in self.columns.metadata.items():
+        if self.columns.derived:
             for row, doc in zip(rows, docs, strict=True):
-                column.codes[row] = metadata_code(column, doc.memory.metadata, path)
+                self.derived.put(row, doc.memory.content, doc.memory.metadata)
 
     def _clear(self, row: int) -> None:
         self.terms_total -= int(self.columns.length[row])
@@ -226,12 +210,3 @@ class Block:
         if self.graph is not None:
             self.graph.forget()
         self.columns.keep(kept)
-
-
-def metadata_code(column: Coded, metadata: Mapping[str, Any], path: str) -> int:
-    """The number of the value at `path`; values are told apart by their JSON."""
-    value = metadata_value(metadata, path)
-    return 0 if value is None else column.code(_canonical.encode(value), value)
-
-
-_canonical: Final = msgspec.json.Encoder(order="sorted")

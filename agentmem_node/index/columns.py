@@ -90,7 +90,8 @@ class Columns:
         self.live = 0
         self.without_vector = 0  # live memories that have none
         self.expires_ms_min = NEVER_MS  # no live memory expires before; may be too low
-        self.metadata: dict[str, Coded] = {}  # filled on demand, path by path
+        # Made for filters; see `agentmem_node.index.derived`.
+        self.derived: dict[Any, Any] = {}
 
     def reserve(self, rows: int) -> None:
         """Room for `rows` rows in all. Untouched room costs nothing: it is mapped lazily."""
@@ -99,7 +100,7 @@ class Columns:
         self.capacity = max(rows, self.capacity + self.capacity // 2)
         for name, _ in self._FIXED:
             setattr(self, name, grown(getattr(self, name), self.n, self.capacity))
-        for column in (*self.coded.values(), *self.metadata.values()):
+        for column in (*self.coded.values(), *self.derived.values()):
             column.codes = grown(column.codes, self.n, self.capacity)
 
     def row_of(self, doc: int) -> int | None:
@@ -156,9 +157,9 @@ class Columns:
 
     def bytes_used(self) -> int:
         per_row = sum(np.dtype(kind).itemsize for _, kind in self._FIXED) + 4 * (
-            len(self.coded) + len(self.metadata)
+            len(self.coded) + len(self.derived)
         )
-        distinct = sum(len(c.values) for c in (*self.coded.values(), *self.metadata.values()))
+        distinct = sum(len(c.values) for c in (*self.coded.values(), *self.derived.values()))
         return self.capacity * per_row + distinct * 150
 
     def keep(self, rows: Ints) -> None:
@@ -167,7 +168,7 @@ class Columns:
         self.capacity = max(self.n, _ROWS_MIN)
         for name, _ in self._FIXED:
             setattr(self, name, grown(getattr(self, name)[rows], self.n, self.capacity))
-        for column in (*self.coded.values(), *self.metadata.values()):
+        for column in (*self.coded.values(), *self.derived.values()):
             column.codes = grown(column.codes[rows], self.n, self.capacity)
         live = self.expires_ms[1 : self.n]
         self.expires_ms_min = int(live.min()) if len(live) else NEVER_MS

@@ -11,8 +11,9 @@ from agentmem_node.index.analysis import QueryTerms, analyzer
 from agentmem_node.index.block import Block
 from agentmem_node.index.columns import Bools, Floats, Ints
 from agentmem_node.index.defaults import RankingDefaults
+from agentmem_node.index.derived import ReadMemory
 from agentmem_node.index.graph import BlockGraph, Graph, GraphBuilder
-from agentmem_node.index.masks import ReadMemory, allowed_rows
+from agentmem_node.index.masks import allowed_rows
 from agentmem_node.index.postings import Found
 from agentmem_node.index.scoring import TextStats
 from agentmem_node.index.selection import Scored, best_rows

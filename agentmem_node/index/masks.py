@@ -7,13 +7,14 @@ operators mean, for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Final
 
 import numpy as np
 
+from agentmem_cluster.errors import InvalidField
 from agentmem_node.index.block import Block
 from agentmem_node.index.columns import MEMORY_TYPES, NEVER_MS, Bools, Coded, Floats, Ints
+from agentmem_node.index.derived import ReadMemory
 from agentmem_node.model.filter_tree import (
     METADATA_PREFIX,
     SCOPE_FIELDS,
@@ -24,11 +25,11 @@ from agentmem_node.model.filter_tree import (
     Or,
     holds,
 )
-from agentmem_node.model.ids import format_id
+from agentmem_node.model.ids import format_id, parse_id
 from agentmem_node.model.memory import Scope
 
-ReadMemory = Callable[[int], Mapping[str, Any]]
-"""The stored record of a doc; asked only where no column answers."""
+# Texts read for one filter rather than making a column of it.
+_READ_ROWS_MAX: Final = 256
 
 
 def allowed_rows(
@@ -91,9 +92,12 @@ class _Evaluator:
         if field in columns.coded:
             return _and(within, _tested(columns.coded[field], test, n))
         if field.startswith(METADATA_PREFIX):
-            path = field[len(METADATA_PREFIX) :]
-            column = self._block.metadata_column(path, self._read)
+            column = self._block.derived.get(field[len(METADATA_PREFIX) :], self._read)
             return _and(within, _tested(column, test, n))
+        if field == "content":
+            return self._content(test, within)
+        if field == "id":
+            return _and(within, self._ids(test))
         if field == "memory_type":
             table = np.array([holds(test.op, name, test.value) for name in MEMORY_TYPES])
             return _and(within, table[columns.memory_type[:n]])
@@ -109,19 +113,32 @@ class _Evaluator:
             if test.op in ("ne", "nin"):
                 return _and(within, ~is_set | _numbers(times, test))
             return _and(within, is_set & _numbers(times, test))
-        found: Bools = np.zeros(n, dtype=np.bool_)
-        for row in np.flatnonzero(within).tolist():
-            if field == "id":
-                found[row] = holds(test.op, self._id(row), test.value)
-            else:
-                record = self._read(int(columns.doc[row]))
-                found[row] = holds(test.op, record[field], test.value)
-        return found
+        raise AssertionError(f"a filter on {field} passed the parser")
 
-    def _id(self, row: int) -> str:
+    def _content(self, test: Compare, within: Bools) -> Bools:
+        derived = self._block.derived
+        if not derived.is_complete(test) and np.count_nonzero(within) <= _READ_ROWS_MAX:
+            docs = self._block.columns.doc
+            found: Bools = np.zeros(len(within), dtype=np.bool_)
+            for row in np.flatnonzero(within).tolist():
+                found[row] = holds(test.op, self._read(int(docs[row]))["content"], test.value)
+            return found
+        column = derived.get(test, self._read)
+        return _and(within, column.codes[: len(within)] == column.code(True, True))
+
+    def _ids(self, test: Compare) -> Bools:
         columns = self._block.columns
-        high, low = int(columns.id_high[row]), int(columns.id_low[row])
-        return format_id(high.to_bytes(8, "big") + low.to_bytes(8, "big"))
+        n = columns.n
+        found: Bools = np.zeros(n, dtype=np.bool_)
+        for text in test.value if test.op in ("in", "nin") else (test.value,):
+            try:
+                key = parse_id(text)
+            except InvalidField:
+                continue  # no memory has such an id
+            if format_id(key) == text:
+                high, low = (np.uint64(int.from_bytes(key[i : i + 8], "big")) for i in (0, 8))
+                found |= (columns.id_high[:n] == high) & (columns.id_low[:n] == low)
+        return ~found if test.op in ("ne", "nin") else found
 
 
 def _tested(column: Coded, test: Compare, n: int) -> Bools:
@@ -158,8 +175,8 @@ def _numbers(column: Ints | Floats, test: Compare) -> Bools:
 def _cost(tree: Filter) -> int:
     if isinstance(tree, Compare):
         if tree.field == "content":
-            return 3
-        return 2 if tree.field == "id" or tree.field.startswith(METADATA_PREFIX) else 0
+            return 2
+        return 1 if tree.field.startswith(METADATA_PREFIX) else 0
     if isinstance(tree, And | Or):
         return max(map(_cost, tree.parts), default=0)
     return _cost(tree.part)

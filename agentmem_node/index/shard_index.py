@@ -28,6 +28,8 @@ from agentmem_node.index.text_space import TextSpaces
 from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import Hit, LegName, SearchQuery
 
+# Records of which a filter may need to read all within one search.
+_READ_AT_ONCE: Final = 256
 _NO_TERMS: Final = QueryTerms(np.zeros(0, dtype=np.uint64), 0)
 
 
@@ -93,7 +95,12 @@ class ShardIndex:
         key = _key(query)
         if self._blocks.needs_build(key):
             return True
-        return self._seeks_text(query) and self._texts.needs_fill(self._blocks.get(key))
+        if query.filter is None and not query.legs:
+            return False  # most searches
+        block = self._blocks.get(key)
+        if self._seeks_text(query) and self._texts.needs_fill(block):
+            return True
+        return block.columns.live > _READ_AT_ONCE and bool(block.derived.needed(query.filter))
 
     def build_steps(self, query: SearchQuery) -> Iterator[None]:
         """Do that in steps of a few milliseconds; entries may be applied between them."""
@@ -104,6 +111,9 @@ class ShardIndex:
         yield from self._blocks.build_steps(key)
         if self._seeks_text(query):
             yield from self._texts.fill_steps(self._blocks.get(key))
+        derived = self._blocks.get(key).derived
+        for column in derived.needed(query.filter):
+            yield from derived.fill_steps(column, self._source.memory)
 
     def _seeks_text(self, query: SearchQuery) -> bool:
         return any(name in ("phrase", "fuzzy") for name, _ in query.legs or self.defaults.legs)

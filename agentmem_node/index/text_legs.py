@@ -9,15 +9,16 @@ Both count words that are no stop words, as a share of the query's: scores are f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from agentmem_node.index.analysis import Analyzer, words
 from agentmem_node.index.block import Block
 from agentmem_node.index.columns import Bools, Floats
+from agentmem_node.index.derived import ReadMemory
 from agentmem_node.index.text_engine import Term, TextEngine
 
 _QUOTED: Final = re.compile(r'"([^"]+)"|“([^”]+)”|«([^»]+)»')
@@ -26,8 +27,6 @@ _WORDS_MAX: Final = 32
 # Letters of a word from which one, then two, may be wrong.
 _ONE_WRONG_FROM: Final = 4
 _TWO_WRONG_FROM: Final = 8
-
-ReadMemory = Callable[[int], Mapping[str, Any]]
 
 
 class Phrase(NamedTuple):

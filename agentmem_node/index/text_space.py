@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final
 
 from agentmem_node.index.analysis import words
 from agentmem_node.index.block import Block
+from agentmem_node.index.derived import ReadMemory
 from agentmem_node.index.text_engine import TextEngine
 
 # Fewer memories are read and compared one by one: that takes a millisecond or two.
 _MEMORIES_MIN: Final = 256
 _STEP_DOCS: Final = 64
-
-ReadMemory = Callable[[int], Mapping[str, Any]]
 
 
 class TextSpaces:

@@ -23,7 +23,7 @@ from agentmem_node.index.fusion import Fused, LegResults, fuse
 from agentmem_node.index.scoring import TextStats, merge_stats
 from agentmem_node.index.shard_index import ShardIndex, active_legs, owner_of_query
 from agentmem_node.index.source import Change
-from agentmem_node.model.filters import Compare, Not
+from agentmem_node.model.filters import And, Compare, Not, Or, matches
 from agentmem_node.model.memory import Scope
 from agentmem_node.model.search import SearchQuery
 
@@ -395,3 +395,41 @@ def test_pages_go_through_thousands_of_equal_memories(
             break
         query = dataclasses.replace(query, after=answer.next_after)
     assert found == sorted(order)
+
+
+def test_columns_for_filters_are_filled_in_steps_and_kept_current(source: Any) -> None:
+    def add(number: int) -> Change:
+        return source.add(
+            number,
+            f"tea {number % 7}",
+            None,
+            user_id="ana",
+            metadata={"n": number % 5, "deep": {"n": [number % 3]}},
+        )
+
+    for number in range(600):
+        add(number)
+    index = ShardIndex(source)
+    parts = (
+        Compare("metadata.n", "in", (1, 2)),
+        Compare("metadata.deep.n", "contains", 1),
+        Compare("content", "contains", "3"),
+    )
+    for tree in (*parts, And(parts), Or(parts), Not(parts[2])):
+        query = SearchQuery(
+            "acme", Scope(user_id="ana"), 700, kit.NOW_MS, legs=(("recency", 1.0),), filter=tree
+        )
+        steps = index.build_steps(query)
+        for number in range(12):
+            next(steps, None)
+            row = random.Random(number).choice(sorted(source.docs))
+            index.apply([add(10_000 + source.next_doc)])
+            index.apply([source.update(row, None, content="cup 3", metadata={"n": 9})])
+            index.apply([source.delete(row + 1)] if row + 1 in source.docs else [])
+        for _ in steps:
+            pass
+        assert not index.needs_build(query)
+        found = index.search_local(query)
+        assert found == ShardIndex(source).search_local(query)
+        expected = [d.id for d in source.docs.values() if matches(tree, d.memory)]
+        assert {hit.id for hit in found.hits} == set(expected)
