@@ -130,7 +130,8 @@ class Membership:
         if self._node_id in self._voters:
             self._machine = MetaStateMachine(self._disk, "meta")
             self._machine.on_change.append(self._changed.set)
-            self._meta = self._host.add_group(GroupSpec(GROUP_META, 1, self._voters), self._machine)
+            spec = GroupSpec(GROUP_META, 1, self._voters, preferred=self._voters[0])
+            self._meta = self._host.add_group(spec, self._machine)
         if self._link is not None:
             self._link.register("meta.view", self._on_view_asked)
             self._link.register("meta.put_node", self._on_put_node)

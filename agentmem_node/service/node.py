@@ -25,6 +25,8 @@ from agentmem_cluster.raft.settings import RaftSettings
 from agentmem_cluster.realtime import RealClock, RealDisk, RealRng
 from agentmem_node.config import Config, ConfigError, split_address
 from agentmem_node.engine.shard import Shard
+from agentmem_node.index.blocks import BlockBudget
+from agentmem_node.index.graph import GraphBuilder
 from agentmem_node.index.shard_index import ShardIndex
 from agentmem_node.index.text_engine import TextEngine
 from agentmem_node.model import requests as rq
@@ -80,6 +82,9 @@ class Node:
         self._membership: Membership | None = None
         self._embedder: EmbeddingProvider | None = None
         self._text: TextEngine | None = None
+        # All shards of the node share them: memory for blocks, and the thread that builds graphs.
+        self._blocks = BlockBudget(config.search.index_bytes_max)
+        self._graphs = GraphBuilder()
 
     # -- start ----------------------------------------------------------------------------
 
@@ -294,10 +299,16 @@ class Node:
                 dim=view.model.dim,
                 map_size=self.config.storage.map_bytes,
                 index_factory=partial(
-                    ShardIndex, shard_id=info.id, text_engine=self._text, dim=view.model.dim
+                    ShardIndex,
+                    shard_id=info.id,
+                    text_engine=self._text,
+                    dim=view.model.dim,
+                    budget=self._blocks,
+                    graphs=self._graphs,
                 ),
             )
-            group = self._host.add_group(GroupSpec(info.id, info.epoch, info.members), shard)
+            spec = GroupSpec(info.id, info.epoch, info.members, info.preferred_leader)
+            group = self._host.add_group(spec, shard)
             self._routing.local[info.id] = LocalShard(info, group, shard)
 
     # -- the disk -------------------------------------------------------------------------
@@ -348,6 +359,7 @@ class Node:
             await self._link.close()
         for local in getattr(self, "_routing", Routing("", None, self.clock)).local.values():
             local.shard.close()
+        self._graphs.close()
         if self._text is not None:
             self._text.close()
         if self._journal is not None:

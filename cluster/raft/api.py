@@ -73,6 +73,9 @@ class GroupSpec:
     id: str  # "meta" or "s07"
     epoch: int
     members: tuple[str, ...]  # node ids, sorted
+    # Who asks for the group's very first election at once, while the others wait their time.
+    # Afterwards it means nothing: any member may lead.
+    preferred: str | None = None
 
 
 class Applied(NamedTuple):

@@ -2,7 +2,8 @@
 
 pysyncobj keeps terms and votes and counts them; this decides what reaches it. A member that
 hears a live leader supports nobody else, and one that hears none asks a majority (PreVote)
-before it raises the term. A hand-over skips both: the leader itself has asked for it.
+before it raises the term. A hand-over skips both: the leader itself has asked for it. In a group
+that was just founded nobody can be hearing a leader: one member, agreed on, asks without waiting.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Elections:
         clock: Clock,
         rng: Rng,
         settings: RaftSettings,
+        *,
+        is_preferred: bool,
     ) -> None:
         self._member = member
         self._log = log
@@ -42,8 +45,9 @@ class Elections:
         self._voted_term = -1
         self._by_hand_over = False
         self._asker_boot = b""
-        if self._alone:
-            member.postpone_election(float("-inf"))  # nobody else could lead
+        self._is_preferred = is_preferred
+        if self._alone or self._is_founder:
+            member.postpone_election(float("-inf"))  # nobody else could lead, or is to
 
     def heard_leader(self) -> None:
         """A leader of the present term, or of a later one, has spoken."""
@@ -66,12 +70,28 @@ class Elections:
             else:
                 self._ask_prevotes()
 
+    @property
+    def _is_founder(self) -> bool:
+        """Whether this member is the one to begin, and nothing has happened in the group yet."""
+        fresh = self._log.last_index == 0 and self._member.term == 0
+        return self._is_preferred and fresh
+
+    def peer_up(self) -> None:
+        if self._is_founder:
+            self._member.postpone_election(0.0)
+
     def _ask_prevotes(self) -> None:
         settings, log, voice = self._settings, self._log, self._voice
-        spread_s = settings.election_s_max - settings.election_s_min
-        self._member.postpone_election(settings.election_s_min + spread_s * self._rng.random())
+        if self._is_founder:
+            # Soon again: the others may not serve the group yet. It stays the same round, for
+            # the answers may be slower than that.
+            self._member.postpone_election(settings.heartbeat_s)
+            round_ = self._prevote.round if self._prevote.open else self._prevote.begin()
+        else:
+            spread_s = settings.election_s_max - settings.election_s_min
+            self._member.postpone_election(settings.election_s_min + spread_s * self._rng.random())
+            round_ = self._prevote.begin()
         self._member.forget_leader()
-        round_ = self._prevote.begin()
         last_term = log.term_at(log.last_index)
         for peer in voice.up:
             voice.say(peer, Kind.ASK_PREVOTE, round_, log.last_index, last_term)

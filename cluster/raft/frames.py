@@ -72,10 +72,10 @@ def well_formed(frame: Any) -> bool:
     shape = _SHAPES.get(frame[0])
     if shape is None or len(frame) != HEAD + len(shape) or not 0 <= frame[4] < NUMBER_MAX:
         return False
-    for value, wanted in zip(frame[HEAD:], shape, strict=True):
-        if type(value) is not wanted:
+    for at, wanted in enumerate(shape, HEAD):
+        if type(frame[at]) is not wanted:
             return False
-        if wanted is int and not NO_INDEX <= value < NUMBER_MAX:
+        if wanted is int and not NO_INDEX <= frame[at] < NUMBER_MAX:
             return False
     return frame[0] != Kind.APPEND or _is_append(frame)
 

@@ -64,7 +64,10 @@ class Group:
             say=self._member_says,
             mark=gate.mark,
         )
-        self._elections = Elections(self.member, log, self._voice, clock, rng, settings)
+        is_preferred = spec.preferred == node_id
+        self._elections = Elections(
+            self.member, log, self._voice, clock, rng, settings, is_preferred=is_preferred
+        )
         self._following = Following(self.member, log, self._voice, self._elections.heard_leader)
         self._leading: Replication | None = None
         self._leading_term = -1
@@ -158,6 +161,7 @@ class Group:
         if peer in self._voice.peers:
             self._voice.up[peer] = None
             self.member.connected(peer)
+            self._elections.peer_up()
             if self._leading is not None:
                 self._leading.connected(peer)
 

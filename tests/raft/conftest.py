@@ -13,7 +13,7 @@ import pytest
 
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_cluster.journal.journal import Journal
-from agentmem_cluster.raft.api import GroupSpec, Role
+from agentmem_cluster.raft.api import GroupSpec
 from agentmem_cluster.raft.core import NodeCore, Ready
 from agentmem_cluster.raft.settings import RaftSettings
 
@@ -119,8 +119,10 @@ class World:
         *,
         groups: tuple[str, ...] = ("g",),
         settings: RaftSettings | None = None,
+        preferred: str | None = None,
     ) -> None:
         self.names = names
+        self.preferred = preferred
         self.groups = groups
         self.settings = settings or RaftSettings()
         self.clock = TestClock()
@@ -153,9 +155,8 @@ class World:
             self.settings,
         )
         for group in self.groups:
-            core.add_group(
-                GroupSpec(group, 1, tuple(sorted(self.names))), self.machines[name, group]
-            )
+            spec = GroupSpec(group, 1, tuple(sorted(self.names)), self.preferred)
+            core.add_group(spec, self.machines[name, group])
         self.cores[name] = core
         self.pending.pop(name, None)
         self.down.discard(name)
@@ -266,7 +267,7 @@ class World:
         raise AssertionError("the condition did not come true in time")
 
     def leaders(self, group: str = "g") -> list[str]:
-        return [n for n in self.up() if self.cores[n].status(group).role is Role.LEADER]
+        return [n for n in self.up() if self.cores[n].is_leader(group)]
 
     def leader(self, group: str = "g") -> str:
         """The one leader that the others know of."""
