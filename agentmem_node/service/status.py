@@ -58,6 +58,8 @@ class Status:
         self._host = host
         self._journal = journal
         self._link = link
+        # How much others have stored is not for every tenant to read.
+        self._is_shared = len({key.tenant for key in config.security.api_keys}) > 1
         self.disk_free_bytes = 0
         self.disk_is_full = False
 
@@ -93,9 +95,10 @@ class Status:
                     "commit_index": status.commit_index,
                     "applied": {self._config.node.id: status.applied_index},
                     "lag": max(0, status.commit_index - status.applied_index),
-                    "memories": local.shard.count(),
                     "digest": local.shard.digest().hex(),
                 }
+                if not self._is_shared:
+                    shard["memories"] = local.shard.count()
             shards[shard_id] = shard
         return {
             "name": self._config.cluster.name,

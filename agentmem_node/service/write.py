@@ -21,6 +21,7 @@ import msgspec
 
 from agentmem_cluster.errors import (
     AgentMemError,
+    BadRequest,
     Conflict,
     DeadlineExceeded,
     DiskFull,
@@ -428,6 +429,7 @@ class Writes:
     async def _propose_here(
         self, local: LocalShard, write: Write, deadline: float, command: bytes | None = None
     ) -> Written:
+        self._check_disk()
         return await self._replicate(
             local, write.tenant, encode_write(write) if command is None else command, deadline
         )
@@ -457,9 +459,11 @@ class Writes:
         """`write.propose`: replicate a command that a peer decided."""
         self._check_disk()
         local = self._routing.check_epoch(body["shard"], body["epoch"])
-        written = await self._replicate(
-            local, body["tenant"], body["command"], self._deadline_of(body)
-        )
+        command = body["command"]
+        # The journal is no place to find out what a peer of another version has sent.
+        if not isinstance(command, bytes) or not command:
+            raise BadRequest("A peer proposed a command that is not bytes.", hint="Upgrade it.")
+        written = await self._replicate(local, body["tenant"], command, self._deadline_of(body))
         return written.to_wire()
 
     async def on_update(self, peer: str, body: dict[str, Any]) -> list[Any]:

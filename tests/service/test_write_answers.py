@@ -10,7 +10,14 @@ from typing import Any, cast
 
 import pytest
 
-from agentmem_cluster.errors import AgentMemError, DeadlineExceeded, NotFound, Overloaded
+from agentmem_cluster.errors import (
+    AgentMemError,
+    BadRequest,
+    DeadlineExceeded,
+    DiskFull,
+    NotFound,
+    Overloaded,
+)
 from agentmem_cluster.raft.api import Applied, Entry
 from agentmem_cluster.raft.host import AsyncGroup
 from agentmem_cluster.realtime import RealRng
@@ -72,6 +79,7 @@ class Node:
         self.routing = Routing("a", None, self.clock)
         self.routing.map = ShardMap.initial(["a"], shards=shards, replication=1)
         self.groups: list[Group] = []
+        self.disk_is_full = False
         for info in self.routing.map.shards.values():
             shard = Shard.open(folder / info.id, info.id, dim=0)
             group = Group(shard)
@@ -85,7 +93,7 @@ class Node:
             limits=Limits(),
             dim=0,
             embedder=None,
-            is_disk_full=lambda: False,
+            is_disk_full=lambda: self.disk_is_full,
         )
 
     def caller(self, request_id: bytes | None = None) -> Caller:
@@ -179,3 +187,25 @@ def test_parts_that_all_failed_are_told_as_unknown_when_one_of_them_is(
         node.run(node.writes.add(node.caller(), items))
     for group in node.groups:
         group.shard.close()
+
+
+def test_a_full_disk_refuses_deletes_too_wherever_they_come_from(node: Node) -> None:
+    memory_id = node.add()
+    node.disk_is_full = True
+    with pytest.raises(DiskFull):
+        node.run(node.writes.delete(node.caller(), memory_id, None))
+    with pytest.raises(DiskFull):
+        node.run(node.writes.delete_many(node.caller(), [memory_id]))
+    body = {"shard": "s00", "epoch": 1, "tenant": "t", "left_ms": 1_000}
+    with pytest.raises(DiskFull):
+        node.run(node.writes.on_propose("b", body | {"command": node.delete_of(memory_id)}))
+
+
+@pytest.mark.parametrize("command", [b"", "text", 7, None, [b"x"]], ids=repr)
+def test_a_command_of_a_peer_that_is_not_bytes_never_reaches_the_journal(
+    node: Node, command: object
+) -> None:
+    body = {"shard": "s00", "epoch": 1, "tenant": "t", "left_ms": 1_000, "command": command}
+    with pytest.raises(BadRequest):
+        node.run(node.writes.on_propose("b", body))
+    assert node.groups[0].shard.applied_index == 0
