@@ -121,11 +121,11 @@ def with_progress(console: Console, outcomes: Iterable[Outcome], count: int) -> 
 def summary(outcomes: list[Outcome]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     virtual_s = sum(outcome.result.seconds for outcome in outcomes)
-    wall_s = sum(outcome.wall_s for outcome in outcomes)
+    cpu_s = sum(outcome.cpu_s for outcome in outcomes)
     three, five = (sum(outcome.result.nodes == n for outcome in outcomes) for n in (3, 5))
     rows = {
         "worlds": f"{len(outcomes)} ({three} of 3 nodes, {five} of 5)",
-        "virtual time": f"{virtual_s:,.0f} s ({virtual_s / max(wall_s, 1e-9):.0f} times real time)",
+        "virtual time": f"{virtual_s:,.0f} s ({virtual_s / max(cpu_s, 1e-9):.0f} times real time a core)",
         "acknowledged writes": f"{sum(outcome.result.acknowledged for outcome in outcomes):,}",
         "linearizable reads": f"{sum(outcome.result.reads for outcome in outcomes):,}",
         "faults": f"{sum(outcome.result.faults for outcome in outcomes):,}",
@@ -171,7 +171,7 @@ def as_object(outcome: Outcome) -> dict[str, object]:
         **fields,
         "passed": outcome.result.passed,
         "replay": outcome.order.command,
-        "wall_s": round(outcome.wall_s, 3),
+        "cpu_s": round(outcome.cpu_s, 3),
     }
 
 

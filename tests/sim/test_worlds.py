@@ -10,7 +10,9 @@ import pytest
 from agentmem_chaos.sim.runner import Order, play_all, rotating_seed, seeds
 
 WORLDS = 200
-SECONDS_MAX = 180.0
+JOBS = 2
+# Three minutes on two cores that have nothing else to do.
+CPU_S_MAX = JOBS * 180.0
 
 
 @pytest.mark.timeout(290)
@@ -22,7 +24,7 @@ def test_two_hundred_worlds_with_faults_violate_nothing(
     with capsys.disabled():
         print(f"\n{WORLDS} worlds; rotating seeds from {rotating} (AGENTMEM_SIM_SEED={rotating})")
     begun_s = time.monotonic()
-    outcomes = list(play_all(orders, jobs=2))
+    outcomes = list(play_all(orders, jobs=JOBS))
     took_s = time.monotonic() - begun_s
 
     failures = [
@@ -49,7 +51,9 @@ def test_two_hundred_worlds_with_faults_violate_nothing(
     assert sum(r.faults for r in results) > 5 * WORLDS
     assert sum(r.elections for r in results) > 2 * WORLDS
     assert sum(r.left_behind > 0 for r in results) < WORLDS * 0.05
-    assert took_s < SECONDS_MAX, "worlds have become too slow for continuous integration"
+    assert sum(o.cpu_s for o in outcomes) < CPU_S_MAX, (
+        "worlds have become too slow for continuous integration"
+    )
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
