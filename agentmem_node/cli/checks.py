@@ -287,9 +287,16 @@ def check_model(config: Config) -> Finding:
 def _existing(path: Path) -> Path:
     """`path`, or the nearest parent that exists."""
     path = path.absolute()
-    while not path.is_dir():
+    while not _is_directory(path):
         path = path.parent
     return path
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # in a directory where this user may not look
+        return False
 
 
 CHECKS: tuple[Callable[[Config], Finding], ...] = (

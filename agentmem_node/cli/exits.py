@@ -77,7 +77,7 @@ def failure(error: client.AgentMemError) -> CommandFailed:
             " Is a node running? Start one with `agentmem serve`, or name it with --url or "
             "AGENTMEM_URL."
         )
-    elif isinstance(error, client.Unauthorized):
+    elif isinstance(error, client.Unauthorized) and "leave it out" not in error.message:
         hint = " Give a key with --api-key or AGENTMEM_API_KEY."
     if error.outcome_unknown:
         hint += (

@@ -61,9 +61,18 @@ def memory_options(command: F) -> F:
             "--category", "categories", multiple=True, metavar="NAME", help="May be repeated."
         ),
         click.option(
-            "--importance", type=click.FloatRange(0, 1), metavar="0..1", help="Default: 0.5."
+            "--importance",
+            type=click.FloatRange(0, 1),
+            metavar="0..1",
+            help="How much it matters; a new memory has 0.5.",
         ),
-        click.option("--type", "memory_type", type=click.Choice(MEMORY_TYPES), metavar="TYPE"),
+        click.option(
+            "--type",
+            "memory_type",
+            type=click.Choice(MEMORY_TYPES),
+            metavar="TYPE",
+            help=f"One of {', '.join(MEMORY_TYPES)}; a new memory is {MEMORY_TYPES[0]}.",
+        ),
         click.option(
             "--metadata",
             multiple=True,

@@ -54,6 +54,7 @@ def read_memories(file: TextIO, name: str) -> Iterator[dict[str, Any]]:
                     f"{name}: a text file may have {_TEXT_BYTES_MAX >> 20} MiB; split it, or "
                     "write it as JSON Lines, which is read line by line."
                 )
+            _refuse_json_array(first + rest, name)
             yield from ({"content": text} for text in _texts(first + rest))
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 text: {error.reason}.") from error
@@ -86,6 +87,20 @@ def _json_lines(first: str, file: TextIO, name: str) -> Iterator[dict[str, Any]]
         if "content" not in fields and "messages" not in fields:
             raise InputError(f"{where} has neither `content` nor `messages`.")
         yield fields
+
+
+def _refuse_json_array(text: str, name: str) -> None:
+    """Objects in an array would become the text of one memory, which nobody wants."""
+    if not text.lstrip().startswith("["):
+        return
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return  # a text that begins with a bracket
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        raise InputError(
+            f"{name} is a JSON array. Write an object a line instead: jq -c '.[]' {name}"
+        )
 
 
 def _texts(text: str) -> Iterator[str]:

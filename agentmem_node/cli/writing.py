@@ -52,8 +52,10 @@ def add(
     agentmem add --file conversations.jsonl
     agentmem list --user ana --jsonl | agentmem add --file - --user ben
     """
-    if (text is None) == (path is None):
+    if text is None and path is None:
         raise click.UsageError('Give a text, like `agentmem add "..." --user ana`, or --file.')
+    if text is not None and path is not None:
+        raise click.UsageError("Give a text or --file, not both.")
     shared = {**scope_of(fields), **memory_fields(fields)}
     with open_client(url, api_key, timeout_s) as memory:
         if text is not None:
@@ -87,17 +89,24 @@ def _add_file(
         transient=True,
         console=_stderr_console(),
     )
+    done = 0
     try:
         with _opened(path) as file, bar:
             items = list(read_memories(file, "standard input" if path == "-" else path))
             if not items:
                 raise CommandFailed(f"{path} holds no memory.", Exit.USAGE)
             task = bar.add_task("", total=len(items))
+
+            def step(count: int, _part: object) -> None:
+                nonlocal done
+                done = count
+                bar.update(task, completed=count)
+
             added = memory.add_many(
                 items,
                 # Small enough that the bar moves and one request stays short.
                 batch_size=200,
-                progress=lambda done, _part: bar.update(task, completed=done),
+                progress=step,
                 idempotency_key=key,
                 **shared,
             )
@@ -107,10 +116,13 @@ def _add_file(
         stored = 0 if error.stored is None else len(error.stored.memories)
         told = failure(error)
         told.message = (
-            f"{error.message} {stored} of the memories were stored before. To go on without "
-            f"storing any twice: repeat the command with --idempotency-key {key}"
+            f"{error.message} {stored} of the memories were stored before. {_to_go_on(key)}"
         )
         raise told from error
+    except KeyboardInterrupt:
+        raise CommandFailed(
+            f"Stopped after {done} memories, or a few more. {_to_go_on(key)}", Exit.INTERRUPTED
+        ) from None
     refused = added.errors
     if wants_json(as_json):
         print_json(added)
@@ -121,6 +133,10 @@ def _add_file(
     if len(refused) > _REFUSED_SHOWN_MAX:
         click.echo(f"refused: {len(refused) - _REFUSED_SHOWN_MAX} more", err=True)
     return exit_of(refused[0][1]) if refused else Exit.OK
+
+
+def _to_go_on(key: str) -> str:
+    return f"To go on without storing any twice: repeat the command with --idempotency-key {key}"
 
 
 def _stderr_console() -> Any:

@@ -30,12 +30,17 @@ PEOPLE = """\
   priya    teacher, robotics club, tea       dee      a data migration, called Lantern"""
 _YOU = "you"
 _WITH_USER = re.compile(r"@(\S+)\s+(.*)", re.DOTALL)
+# As the command line has it, which people type here too.
+_WITH_OPTION = re.compile(r"(?:^|(.*)\s)--user(?:\s+|=)(\S+)(?:\s+(.*))?", re.DOTALL)
 
 
 def split_user(text: str) -> tuple[str | None, str]:
-    """`@ana what tea` as ("ana", "what tea")."""
-    match = _WITH_USER.match(text)
-    return (match[1], match[2].strip()) if match else (None, text.strip())
+    """`@ana what tea`, or `what tea --user ana`, as ("ana", "what tea")."""
+    if match := _WITH_USER.fullmatch(text):
+        return match[1], match[2].strip()
+    if match := _WITH_OPTION.fullmatch(text):
+        return match[2], f"{match[1] or ''} {match[3] or ''}".strip()
+    return None, text.strip()
 
 
 class Prompt:
@@ -82,6 +87,8 @@ class Prompt:
                 command(rest.strip())
             for crash in self._demo.cluster.crashes():
                 self._show.bad(str(crash))
+        except client.ConnectionFailed as error:
+            self._show.bad(f"{error.message} `status` shows which nodes run, `restart N` one.")
         except client.AgentMemError as error:
             self._show.bad(failure(error).message)
         except DevClusterError as error:
@@ -122,14 +129,28 @@ class Prompt:
         if node is None:
             return
         self._demo.cluster.kill(node)
-        self._show.good(f"{node} was killed; `search` and `add` go on while a majority is there")
+        if self._demo.has_majority:
+            self._show.good(f"{node} was killed; `search` and `add` go on: a majority is there")
+        else:
+            self._show.good(f"{node} was killed; {self._without_majority()}")
 
     def _restart(self, rest: str) -> None:
         node = self._number(rest)
         if node is None:
             return
         took_s = self._demo.restart(node)
-        self._show.good(f"{node} is back and has caught up, {took_s:.1f} s")
+        if took_s is None:
+            self._show.good(f"{node} was started; {self._without_majority()}")
+        else:
+            self._show.good(f"{node} is back and has caught up, {took_s:.1f} s")
+
+    def _without_majority(self) -> str:
+        cluster = self._demo.cluster
+        down = next(node.id for node in cluster.nodes if not cluster.is_running(node.id))
+        return (
+            "without a majority, writes and reads are refused: "
+            f"`restart {down.removeprefix('n')}` brings one back"
+        )
 
     def _status(self, _rest: str) -> None:
         running = [n.url for n in self._demo.cluster.nodes if self._demo.cluster.is_running(n.id)]

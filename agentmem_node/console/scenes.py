@@ -79,6 +79,7 @@ def play(demo: Demo, show: Show) -> int:
 
     show.scene(f"Starting {leader} again")
     took_s = demo.restart(leader)
+    assert took_s is not None, "the others are a majority"
     show.good(f"{leader} is back and has caught up, {took_s:.1f} s")
 
     show.scene("Looking for every memory that was acknowledged")

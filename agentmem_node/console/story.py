@@ -183,13 +183,24 @@ class Demo:
         for number in itertools.islice(self._notes, _DURING_WRITES_MAX):
             yield _NOTE.format(number=number, shelf=number % 7 + 1)
 
-    def restart(self, node: str) -> float:
-        """Start a killed node; returns the seconds until it was ready and had caught up."""
+    @property
+    def has_majority(self) -> bool:
+        running = [node for node in self.cluster.nodes if self.cluster.is_running(node.id)]
+        return 2 * len(running) > len(self.cluster.nodes)
+
+    def restart(self, node: str) -> float | None:
+        """Start a killed node; returns the seconds until it was ready and had caught up.
+
+        None: it was started, but cannot be ready, as most of the others do not run.
+        """
         # Imported here: it brings tables that only a few need.
         from agentmem_node.cli.status import ask
 
         begun = time.monotonic()
-        self.cluster.restart(node)
+        self.cluster.restart(node, wait_s=0)
+        if not self.has_majority:
+            return None
+        self.cluster.wait_ready()
         while time.monotonic() - begun < _CATCH_UP_S_MAX:
             state = ask([self.cluster.node(node).url])
             own = [shard for shard in state.shards if node in shard.members]

@@ -27,6 +27,10 @@ def test_with_empty_lines_every_paragraph_is_a_memory() -> None:
     assert contents("one\nstill one\n\n\ntwo\n") == ["one still one", "two"]
 
 
+def test_a_text_may_begin_with_a_bracket() -> None:
+    assert contents("[x] buy tea\n[ ] call Ana\n") == ["[x] buy tea", "[ ] call Ana"]
+
+
 def test_an_empty_file_has_no_memories() -> None:
     assert contents("") == []
     assert contents("\n \n") == []
@@ -53,6 +57,7 @@ def test_json_lines_come_back_as_they_were_written(items: list[dict[str, str]]) 
         ('{"content": "a"}\n[1]\n', "object 2 is not a JSON object"),
         ('{"contents": "a"}\n', "'contents'"),
         ('{"user_id": "ana"}\n', "neither `content` nor `messages`"),
+        ('[{"content": "a"},\n {"content": "b"}]\n', "is a JSON array"),
     ],
 )
 def test_a_bad_object_is_named(text: str, said: str) -> None:

@@ -74,6 +74,15 @@ def test_a_user_may_stand_before_the_words() -> None:
     assert split_user("@ana") == (None, "@ana")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["what tea --user ana", "--user ana what tea", "what --user ana tea", "what tea --user=ana"],
+)
+def test_a_user_may_be_given_as_on_the_command_line(text: str) -> None:
+    assert split_user(text) == ("ana", "what tea")
+    assert split_user("foo --user") == (None, "foo --user")
+
+
 def test_a_memory_with_brackets_is_shown_as_it_is(prompt: Prompt, screen: io.StringIO) -> None:
     Show(Console(file=screen, width=200)).say("[bold]not markup[/bold] [/]")
     assert "[bold]not markup[/bold] [/]" in screen.getvalue()
