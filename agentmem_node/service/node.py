@@ -17,7 +17,6 @@ from typing import Any
 from agentmem_cluster.errors import AgentMemError, ModelUnavailable, NotLeader, Unavailable
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.link.link import Link
-from agentmem_cluster.link.tls import LinkTls
 from agentmem_cluster.meta import NodeInfo
 from agentmem_cluster.raft.api import GroupSpec
 from agentmem_cluster.raft.host import Host
@@ -35,6 +34,7 @@ from agentmem_node.observe.snapshot import NodeSnapshot
 from agentmem_node.providers.base import EmbeddingProvider
 from agentmem_node.providers.registry import identity_of, open_provider
 from agentmem_node.security.keys import KeyTable
+from agentmem_node.service.certificates import load_certificates
 from agentmem_node.service.contract import Caller
 from agentmem_node.service.datadir import DataDir
 from agentmem_node.service.fanout import FanOut
@@ -219,12 +219,7 @@ class Node:
         if len(config.cluster.nodes) < 2:
             return None
         cluster = config.cluster
-        if cluster.ca_cert is None or cluster.cert is None or cluster.key is None:
-            raise ConfigError(
-                "The nodes of a cluster know each other by certificates, and none are configured. "
-                "Make them with `agentmem cluster certs --out DIR --nodes "
-                f"{','.join(cluster.nodes)}` and set cluster.ca_cert, cluster.cert and cluster.key."
-            )
+        tls = load_certificates(cluster, self.node_id)
         listen = config.peer_listen
         assert listen is not None
         peers = {name: peer.peer for name, peer in cluster.nodes.items() if name != self.node_id}
@@ -232,13 +227,7 @@ class Node:
             self.node_id,
             split_address(listen, "node.peer_listen"),
             peers,
-            LinkTls.load(
-                ca_cert=Path(cluster.ca_cert),
-                cert=Path(cluster.cert),
-                key=Path(cluster.key),
-                cluster=cluster.name,
-                node_id=self.node_id,
-            ),
+            tls,
             self.clock,
             cluster_id=cluster.name,
         )
