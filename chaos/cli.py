@@ -123,9 +123,10 @@ def summary(outcomes: list[Outcome]) -> Table:
     virtual_s = sum(outcome.result.seconds for outcome in outcomes)
     cpu_s = sum(outcome.cpu_s for outcome in outcomes)
     three, five = (sum(outcome.result.nodes == n for outcome in outcomes) for n in (3, 5))
+    speed = virtual_s / max(cpu_s, 1e-9)
     rows = {
         "worlds": f"{len(outcomes)} ({three} of 3 nodes, {five} of 5)",
-        "virtual time": f"{virtual_s:,.0f} s ({virtual_s / max(cpu_s, 1e-9):.0f} times real time a core)",
+        "virtual time": f"{virtual_s:,.0f} s ({speed:.0f} times real time on a core)",
         "acknowledged writes": f"{sum(outcome.result.acknowledged for outcome in outcomes):,}",
         "linearizable reads": f"{sum(outcome.result.reads for outcome in outcomes):,}",
         "faults": f"{sum(outcome.result.faults for outcome in outcomes):,}",

@@ -51,9 +51,7 @@ def test_two_hundred_worlds_with_faults_violate_nothing(
     assert sum(r.faults for r in results) > 5 * WORLDS
     assert sum(r.elections for r in results) > 2 * WORLDS
     assert sum(r.left_behind > 0 for r in results) < WORLDS * 0.05
-    assert sum(o.cpu_s for o in outcomes) < CPU_S_MAX, (
-        "worlds have become too slow for continuous integration"
-    )
+    assert sum(o.cpu_s for o in outcomes) < CPU_S_MAX, "worlds have become too slow"
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
