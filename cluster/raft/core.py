@@ -169,22 +169,34 @@ class NodeCore:
         if self._told:
             self._tell_all()
 
-    def read_index(self, group_id: str, done: Callable[[int | AgentMemError], None]) -> None:
-        """On any replica: `done(index)` once a quorum confirmed it *and* it is applied here."""
+    def read_index(
+        self,
+        group_id: str,
+        done: Callable[[int | AgentMemError], None],
+        until_s: float = float("inf"),
+    ) -> None:
+        """On any replica: `done(index)` once a quorum confirmed it *and* it is applied here.
+
+        From `until_s` on nobody waits any more, and `done` may never be called.
+        """
         group = self._group_for(group_id, done)
         if group is not None:
-            group.read_index(done)
+            group.read_index(done, until_s)
             self._active[group_id] = None
         if self._told:
             self._tell_all()
 
     def when_applied(
-        self, group_id: str, index: int, done: Callable[[int | AgentMemError], None]
+        self,
+        group_id: str,
+        index: int,
+        done: Callable[[int | AgentMemError], None],
+        until_s: float = float("inf"),
     ) -> None:
-        """`done(index)` once that entry is applied here."""
+        """`done(index)` once that entry is applied here; perhaps never from `until_s` on."""
         group = self._group_for(group_id, done)
         if group is not None:
-            group.when_applied(index, done)
+            group.when_applied(index, done, until_s)
             self._active[group_id] = None
         if self._told:
             self._tell_all()

@@ -100,17 +100,20 @@ class Group:
         else:
             self._proposals.add(command, done)
 
-    def read_index(self, done: Callable[[int | AgentMemError], None]) -> None:
+    def read_index(self, done: Callable[[int | AgentMemError], None], until_s: float) -> None:
         if not self._reads_full(done):
             self._reads.join(
                 Local(
                     done=lambda index: self._tell(done, index),
                     failed=lambda: self._tell(done, self._no_quorum()),
                     expires_s=self._clock.monotonic() + self._settings.election_s_max,
+                    until_s=until_s,
                 )
             )
 
-    def when_applied(self, index: int, done: Callable[[int | AgentMemError], None]) -> None:
+    def when_applied(
+        self, index: int, done: Callable[[int | AgentMemError], None], until_s: float
+    ) -> None:
         if not self._reads_full(done):
             gone = ShuttingDown(f"group {self.spec.id} is no longer served here")
             self._reads.join_applied(
@@ -119,6 +122,7 @@ class Group:
                     done=lambda at: self._tell(done, at),
                     failed=lambda: self._tell(done, gone),
                     expires_s=NEVER,
+                    until_s=until_s,
                 ),
             )
 

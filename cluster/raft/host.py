@@ -261,7 +261,7 @@ class AsyncGroup:
         if index is not None:
             return index
         future: asyncio.Future[int] = self._future()
-        self._core.read_index(self._id, _resolver(future))
+        self._core.read_index(self._id, _resolver(future), deadline)
         if not future.done():
             self._host.wake()
             return await self._host.deadlines.wait(future, deadline, self._slow_read)
@@ -272,7 +272,7 @@ class AsyncGroup:
         if self.machine.applied_index >= index:
             return
         future: asyncio.Future[int] = self._future()
-        self._core.when_applied(self._id, index, _resolver(future))
+        self._core.when_applied(self._id, index, _resolver(future), deadline)
         await self._host.deadlines.wait(future, deadline, self._slow_read)
 
     async def transfer(self, to: str | None, *, deadline: float) -> None:

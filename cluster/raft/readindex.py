@@ -23,6 +23,11 @@ class Local(NamedTuple):
     done: Confirmed
     failed: Failed
     expires_s: float
+    until_s: float = float("inf")  # who asked has gone by then
+
+
+# How often reads are looked for whose callers have gone.
+_FORGET_EVERY_S = 1.0
 
 
 class Remote(NamedTuple):
@@ -59,6 +64,7 @@ class ReadIndex:
         self._ask_again_s = 0.0
         self._questions: deque[tuple[int, list[Local]]] = deque()
         self._to_apply: list[tuple[int, int, Local]] = []
+        self._forget_at_s = float("inf")
 
     def __len__(self) -> int:
         asked = sum(len(reads) for _, reads in self._questions)
@@ -148,6 +154,7 @@ class ReadIndex:
     def join_applied(self, index: int, read: Local) -> None:
         """A read whose index is known already, a token's: it only waits to be applied here."""
         self._sequence += 1
+        self._forget_at_s = min(self._forget_at_s, read.until_s)
         heapq.heappush(self._to_apply, (index, self._sequence, read))
 
     def applied(self, index: int) -> None:
@@ -156,7 +163,16 @@ class ReadIndex:
             read.done(at)
 
     def expire(self, now_s: float) -> None:
-        """Refuse reads whose index no quorum has confirmed in time. Confirmed ones just wait."""
+        """Refuse reads whose index no quorum has confirmed in time.
+
+        Confirmed ones just wait, as long as somebody waits for them: an index from a token may
+        never come to this node, and would take a place in the queue for ever.
+        """
+        if now_s >= self._forget_at_s:
+            self._to_apply = [r for r in self._to_apply if r[2].until_s > now_s]
+            heapq.heapify(self._to_apply)
+            soonest = min((r[2].until_s for r in self._to_apply), default=float("inf"))
+            self._forget_at_s = max(soonest, now_s + _FORGET_EVERY_S)
         if self._oldest_expires_s() > now_s:
             return
         late = [r for r in self._unconfirmed() if r.expires_s <= now_s]

@@ -36,7 +36,8 @@ class RaftSettings:
     apply_entries_max: int = 4_096
 
     # A checkpoint of the state machine is begun after this much was applied since the last.
-    checkpoint_bytes: int = 32 << 20
+    # A start applies it again, so this is some 60,000 memories a shard, or a second.
+    checkpoint_bytes: int = 8 << 20
     checkpoint_entries: int = 100_000
     # ... and after this long in any case, so that a quiet group does not pin the journal.
     checkpoint_s: float = 60.0
