@@ -122,10 +122,11 @@ class Routing:
     ) -> T:
         """Run `here` when this node leads the shard, else `there(leader, info)`.
 
-        NotLeader and WrongShard are certainly-not-done outcomes, so the call goes on with the
-        next leader until the deadline. So it does when a leader went away with the request: what
-        is sent again carries the same request id, and the ledger answers what became of it. From
-        then on a refusal says nothing about the first try, and is told as what it is: unknown.
+        NotLeader, WrongShard and NoQuorum are certainly-not-done outcomes, so the call goes on
+        with the next leader until the deadline. So it does when a leader went away with the
+        request: what is sent again carries the same request id, and the ledger answers what became
+        of it. From then on a refusal says nothing about the first try, and is told as what it is:
+        unknown.
         Everything else is the caller's.
         """
         give_up = min(deadline, self._clock.monotonic() + _LEADER_WAIT_S_MAX)
@@ -148,7 +149,8 @@ class Routing:
                 self._leader_hints.pop(shard_id, None)
             except (Unavailable, Overloaded) as error:
                 went_away = type(error) is Unavailable or isinstance(error, ShuttingDown)
-                if not went_away and not is_unknown:
+                # A leader that just lost its majority has done nothing: the next one may.
+                if not (went_away or is_unknown or isinstance(error, NoQuorum)):
                     raise
                 if went_away and not is_unknown:
                     # Its successor is elected from now on.

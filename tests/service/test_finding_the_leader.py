@@ -11,6 +11,7 @@ import pytest
 from agentmem_cluster.errors import (
     AgentMemError,
     DeadlineExceeded,
+    DiskFull,
     NoQuorum,
     NotLeader,
     Overloaded,
@@ -111,7 +112,17 @@ def test_once_the_outcome_is_unknown_a_refusal_does_not_make_it_certain(
     assert len(outside.asked) > 1
 
 
-@pytest.mark.parametrize("refusal", [Overloaded("full"), NoQuorum("minority")], ids=str)
+def test_a_leader_that_lost_its_majority_is_not_the_last_word() -> None:
+    outside = Outside("abc")
+    answer: Callable[[str], Answer] = lambda node: (  # noqa: E731
+        NoQuorum("minority") if len(outside.asked) == 1 else node
+    )
+    assert asyncio.run(outside.write(answer)) in "abc"
+    with pytest.raises(NoQuorum):
+        asyncio.run(outside.write(lambda _: NoQuorum("minority")))
+
+
+@pytest.mark.parametrize("refusal", [Overloaded("full"), DiskFull("full")], ids=repr)
 def test_a_refusal_of_the_first_try_is_passed_on_at_once(refusal: AgentMemError) -> None:
     outside = Outside("abc")
     with pytest.raises(type(refusal)):
