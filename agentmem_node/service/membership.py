@@ -184,7 +184,7 @@ class Membership:
             self._changed.clear()
             view = await self._fetch(model)
             if view is not None:
-                if self.view is None or view.to_wire() != self.view.to_wire():
+                if self._is_news(view):
                     await self._adopt(view, model)
                     self._save_view(view)
                 if not registered or view.nodes.get(self._node_id) != self._own:
@@ -196,6 +196,13 @@ class Membership:
                 )
             except TimeoutError:
                 pass
+
+    def _is_news(self, view: View) -> bool:
+        """Not what is known already, nor what a voter says that has slept or just started."""
+        known = self.view
+        if known is None:
+            return True
+        return view.map.version >= known.map.version and view.to_wire() != known.to_wire()
 
     async def _fetch(self, model: ModelIdentity) -> View | None:
         """The newest view that can be had now."""

@@ -118,9 +118,11 @@ class Status:
         reasons: dict[str, Any] = {}
         if self._membership.view is None:
             reasons["shard_map"] = "not known yet"
-        leaderless, behind = [], []
+        leaderless, behind, lost = [], [], []
         for group_id, group in self._host.groups.items():
             status = group.status()
+            if status.needs_reseed:
+                lost.append(group_id)  # other replicas answer for it
             if status.leader is None:
                 leaderless.append(group_id)
             elif status.commit_index - status.applied_index > _READY_LAG_MAX:
@@ -129,6 +131,8 @@ class Status:
             reasons["without_leader"] = leaderless
         if behind:
             reasons["catching_up"] = behind
+        if lost:
+            reasons["replica_needs_reseed"] = lost
         if self.disk_is_full:
             reasons["disk"] = "almost full: writes are refused, reads are served"
         return not (leaderless or behind or self._membership.view is None), reasons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -111,6 +112,19 @@ def test_a_node_whose_configuration_names_other_voters_does_not_start(tmp_path: 
     file.write_bytes(msgpack.packb(kept | {"voters": ["n0", "n1", "n2"]}))
     with pytest.raises(ConfigError, match="two majorities"):
         follow(follower(tmp_path, VIEW.to_wire, []))
+
+
+def test_a_voter_that_has_slept_does_not_take_the_map_back(tmp_path: Path) -> None:
+    newer = replace(VIEW, map=replace(VIEW.map, version=2))
+    asked: list[int] = []
+
+    def answer() -> Any:
+        asked.append(1)
+        return newer.to_wire() if len(asked) == 1 else VIEW.to_wire()
+
+    member = follower(tmp_path, answer, [])
+    follow(member, lambda: len(asked) > 2)
+    assert member.view == newer
 
 
 def test_what_ends_the_following_of_the_cluster_later_stops_the_node(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GET /cluster is for every tenant; what others have stored is not."""
+"""What a node says of itself. GET /cluster is for every tenant; what others stored is not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from agentmem_node.service.membership import View
 from agentmem_node.service.status import Status
 
 
-def shard_of(tenants: list[str]) -> dict[str, Any]:
+def status_of(tenants: list[str], needs_reseed: bool = False) -> Status:
     view = View("c", ModelIdentity("none", 0, ""), {}, ShardMap.initial(["a"], 1, 1))
-    raft = SimpleNamespace(term=1, commit_index=3, applied_index=3)
+    raft = SimpleNamespace(
+        term=1, commit_index=3, applied_index=3, leader="b", needs_reseed=needs_reseed
+    )
     local = SimpleNamespace(
         group=SimpleNamespace(status=lambda: raft),
         shard=SimpleNamespace(count=lambda: 7, digest=lambda: b"\1"),
@@ -29,10 +31,19 @@ def shard_of(tenants: list[str]) -> dict[str, Any]:
     routing = SimpleNamespace(
         local={"s00": local}, leader_of=lambda _: "a", is_connected=lambda _: True
     )
-    membership = SimpleNamespace(require_view=lambda: view, meta_status=lambda: None)
-    parts: list[Any] = [config, routing, membership, None, None, None]
-    status = Status(*parts)
-    return cast("dict[str, Any]", status.cluster_view()["shards"]["s00"])
+    membership = SimpleNamespace(require_view=lambda: view, meta_status=lambda: None, view=view)
+    host = SimpleNamespace(groups={"s00": local.group})
+    parts: list[Any] = [config, routing, membership, host, None, None]
+    return Status(*parts)
+
+
+def shard_of(tenants: list[str]) -> dict[str, Any]:
+    return cast("dict[str, Any]", status_of(tenants).cluster_view()["shards"]["s00"])
+
+
+def test_a_replica_that_cannot_catch_up_is_named_and_the_node_still_serves() -> None:
+    assert status_of([]).ready() == (True, {})
+    assert status_of([], needs_reseed=True).ready() == (True, {"replica_needs_reseed": ["s00"]})
 
 
 @pytest.mark.parametrize("tenants", [[], ["one"], ["one", "one"]], ids=len)
