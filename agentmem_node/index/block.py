@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from agentmem_node.index.analysis import Analyzer
 from agentmem_node.index.columns import Columns, Floats, Ints
@@ -31,10 +32,12 @@ class Context(NamedTuple):
     """Of every row of a block, as of a generation of it."""
 
     generation: int
-    length: Floats  # in words, averaged with the neighbours
+    length: Floats | None  # in words, averaged with the neighbours; None: no neighbours
     share: Floats | None  # 1 / (1 + the weights of the neighbours present); None: no neighbours
-    trust: Floats  # in a cosine, by the length of the text
-    exposure: Floats  # how much of an error in the cosine gets into the score: trust * share
+    trust: npt.NDArray[np.float32]  # in a cosine, by the length of the text
+    exposure: (
+        Floats | npt.NDArray[np.float32]
+    )  # how much of an error in the cosine gets into the score: trust * share
 
 
 class Block:
@@ -63,7 +66,7 @@ class Block:
     def put(self, docs: Sequence[IndexDoc]) -> None:
         """Add memories, or replace those whose `doc` is known."""
         self.generation += 1
-        newest = int(self.columns.doc[self.columns.n - 1])
+        newest = self.columns.newest_doc
         fresh: list[IndexDoc] = []
         for doc in docs:
             if doc.doc > newest:
@@ -92,7 +95,8 @@ class Block:
         if self._context is None or self._context.generation != self.generation:
             n = self.columns.n
             length = self.columns.length[:n].astype(np.float64)
-            trust = (length + 1.0) / (length + 1.0 + self._defaults.length_half)
+            share_of_itself = (length + 1.0) / (length + 1.0 + self._defaults.length_half)
+            trust: npt.NDArray[np.float32] = share_of_itself.astype(np.float32)
             if self.links.has_links:
                 present = np.ones(n)
                 present[0] = 0.0
@@ -103,7 +107,7 @@ class Block:
                 share = 1.0 / present
                 self._context = Context(self.generation, length, share, trust, trust * share)
             else:
-                self._context = Context(self.generation, length, None, trust, trust)
+                self._context = Context(self.generation, None, None, trust, trust)
         return self._context
 
     def with_neighbours(self, values: Floats) -> Floats:
@@ -123,7 +127,9 @@ class Block:
         return lent
 
     def bytes_used(self) -> int:
-        context = 0 if self._context is None else 32 * self.columns.n
+        context = 0
+        if self._context is not None:
+            context = (28 if self.links.has_links else 4) * self.columns.n
         return (
             self.columns.bytes_used()
             + self.postings.bytes_used()
@@ -185,7 +191,7 @@ class Block:
     def _clear(self, row: int) -> None:
         self.terms_total -= int(self.columns.length[row])
         if self.on_text is not None:
-            self.on_text(int(self.columns.doc[row]), None)
+            self.on_text(int(self.columns.doc_of(np.array([row]))[0]), None)
         self.columns.kill(row)
         self.postings.remove(row)
         self.links.remove(row)

@@ -7,19 +7,21 @@ found by binary search; an updated memory keeps its row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from agentmem_node.index.source import IndexDoc
-from agentmem_node.model.memory import MemoryType
 
 NEVER_MS: Final = (1 << 63) - 1
-MEMORY_TYPES: Final[tuple[str, ...]] = get_args(MemoryType)
-_TYPE_CODES: Final = {name: code for code, name in enumerate(MEMORY_TYPES)}
 _ROWS_MIN: Final = 16
+_UINT16_MAX: Final = (1 << 16) - 1
+_UINT32_MAX: Final = (1 << 32) - 1
+_CODED: Final = (
+    "user_id", "agent_id", "app_id", "run_id", "categories", "memory_type", "importance",
+)  # fmt: skip
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -32,7 +34,8 @@ class Coded:
     __slots__ = ("_code_of", "codes", "values")
 
     def __init__(self, rows: int) -> None:
-        self.codes = np.zeros(rows, dtype=np.int32)
+        # A byte a row while there are no more than 255 values.
+        self.codes: npt.NDArray[Any] = np.zeros(rows, dtype=np.uint8)
         self.values: list[Any] = [None]  # code 0: missing
         self._code_of: dict[Any, int] = {None: 0}
 
@@ -42,6 +45,9 @@ class Coded:
         if code is None:
             code = self._code_of[key] = len(self.values)
             self.values.append(value)
+            if code > np.iinfo(self.codes.dtype).max:
+                wider = np.uint16 if code <= _UINT16_MAX else np.uint32
+                self.codes = self.codes.astype(wider)
         return code
 
     def find(self, key: Any) -> int | None:
@@ -49,30 +55,25 @@ class Coded:
 
 
 class Columns:
-    """Grown together; `n` is the number of rows in use, row 0 included."""
+    """Grown together; `n` is the number of rows in use, row 0 included.
+
+    A column that most blocks do not need is None until a memory needs it.
+    """
 
     _FIXED: Final = (
-        ("doc", np.int64),
+        ("_doc_1", np.uint32),
         ("id_high", np.uint64),
         ("id_low", np.uint64),
         ("created_ms", np.int64),
-        ("updated_ms", np.int64),
-        ("expires_ms", np.int64),
-        ("importance", np.float64),
-        ("memory_type", np.uint8),
         ("length", np.int32),  # terms, without stop words
         ("is_live", np.bool_),
         ("has_vector", np.bool_),
     )
 
-    doc: Ints
+    _doc_1: npt.NDArray[Any]  # doc + 1, so that row 0 comes before all
     id_high: npt.NDArray[np.uint64]
     id_low: npt.NDArray[np.uint64]
     created_ms: Ints
-    updated_ms: Ints
-    expires_ms: Ints
-    importance: Floats
-    memory_type: npt.NDArray[np.uint8]
     length: npt.NDArray[np.int32]
     is_live: Bools
     has_vector: Bools
@@ -82,38 +83,51 @@ class Columns:
         self.capacity = _ROWS_MIN
         for name, kind in self._FIXED:
             setattr(self, name, np.zeros(self.capacity, dtype=kind))
-        self.doc[0] = -1
-        self.coded = {
-            name: Coded(self.capacity)
-            for name in ("user_id", "agent_id", "app_id", "run_id", "categories")
-        }
+        self.expires_ms: Ints | None = None  # None: no memory expires
+        self._updated_ms: Ints | None = None  # None: none was updated
+        self.coded = {name: Coded(self.capacity) for name in _CODED}
         self.live = 0
         self.without_vector = 0  # live memories that have none
         self.expires_ms_min = NEVER_MS  # no live memory expires before; may be too low
         # Made for filters; see `agentmem_node.index.derived`.
         self.derived: dict[Any, Any] = {}
 
-    def reserve(self, rows: int) -> None:
-        """Room for `rows` rows in all. Untouched room costs nothing: it is mapped lazily."""
-        if rows <= self.capacity:
-            return
-        self.capacity = max(rows, self.capacity + self.capacity // 2)
-        for name, _ in self._FIXED:
-            setattr(self, name, grown(getattr(self, name), self.n, self.capacity))
-        for column in (*self.coded.values(), *self.derived.values()):
-            column.codes = grown(column.codes, self.n, self.capacity)
+    @property
+    def updated_ms(self) -> Ints:
+        return self.created_ms if self._updated_ms is None else self._updated_ms
+
+    @property
+    def newest_doc(self) -> int:
+        return int(self._doc_1[self.n - 1]) - 1
+
+    def doc_of(self, rows: Ints) -> Ints:
+        docs: Ints = self._doc_1[rows].astype(np.int64)
+        docs -= 1
+        return docs
+
+    def live_docs(self) -> list[int]:
+        docs: list[int] = self.doc_of(self.is_live[: self.n].nonzero()[0]).tolist()
+        return docs
 
     def row_of(self, doc: int) -> int | None:
         """The row of a doc that this block has seen, live or dead."""
-        row = int(self.doc[: self.n].searchsorted(doc))
-        return row if row < self.n and self.doc[row] == doc else None
+        row = int(self._doc_1[: self.n].searchsorted(doc + 1))
+        return row if row < self.n and self._doc_1[row] == doc + 1 else None
+
+    def reserve(self, rows: int) -> None:
+        """Room for `rows` rows in all. Untouched room costs nothing: it is mapped lazily."""
+        if rows > self.capacity:
+            self.capacity = max(rows, self.capacity + self.capacity // 2)
+            self._rearrange(lambda array: grown(array, self.n, self.capacity))
 
     def append(self, docs: Sequence[IndexDoc]) -> slice:
         """Rows for new docs; lengths stay zero until the block has counted terms."""
         start, end = self.n, self.n + len(docs)
         self.reserve(end)
         rows = slice(start, end)
-        self.doc[rows] = [d.doc for d in docs]
+        if docs[-1].doc >= _UINT32_MAX:
+            self._doc_1 = self._doc_1.astype(np.uint64)
+        self._doc_1[rows] = [d.doc + 1 for d in docs]
         self.n = end
         self._fill(rows, docs)
         return rows
@@ -130,17 +144,41 @@ class Columns:
         self.has_vector[row] = False
         self.length[row] = 0
 
+    def keep(self, rows: Ints) -> None:
+        """Forget all rows but these (ascending, row 0 first)."""
+        self.n = len(rows)
+        self.capacity = max(self.n, _ROWS_MIN)
+        self._rearrange(lambda array: grown(array[rows], self.n, self.capacity))
+        if self.expires_ms is not None and self.n > 1:
+            self.expires_ms_min = int(self.expires_ms[1 : self.n].min())
+
+    def _rearrange(self, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> None:
+        for name, _ in self._FIXED:
+            setattr(self, name, change(getattr(self, name)))
+        if self.expires_ms is not None:
+            self.expires_ms = change(self.expires_ms)
+        if self._updated_ms is not None:
+            self._updated_ms = change(self._updated_ms)
+        for column in (*self.coded.values(), *self.derived.values()):
+            column.codes = change(column.codes)
+
     def _fill(self, rows: slice, docs: Sequence[IndexDoc]) -> None:
         ids = np.frombuffer(b"".join([d.id for d in docs]), dtype=">u8").reshape(-1, 2)
         self.id_high[rows] = ids[:, 0]
         self.id_low[rows] = ids[:, 1]
         self.created_ms[rows] = [d.created_ms for d in docs]
-        self.updated_ms[rows] = [d.updated_ms for d in docs]
-        expires = [NEVER_MS if d.expires_ms is None else d.expires_ms for d in docs]
-        self.expires_ms[rows] = expires
-        self.expires_ms_min = min(self.expires_ms_min, *expires)
-        self.importance[rows] = [d.memory.importance for d in docs]
-        self.memory_type[rows] = [_TYPE_CODES[d.memory.memory_type] for d in docs]
+        if self._updated_ms is None and any(d.updated_ms != d.created_ms for d in docs):
+            self._updated_ms = self.created_ms.copy()
+        if self._updated_ms is not None:
+            self._updated_ms[rows] = [d.updated_ms for d in docs]
+        expires = [d.expires_ms for d in docs if d.expires_ms is not None]
+        if expires:
+            self.expires_ms_min = min(self.expires_ms_min, *expires)
+            if self.expires_ms is None:
+                self.expires_ms = np.full(self.capacity, NEVER_MS)
+        if self.expires_ms is not None:
+            times = [NEVER_MS if d.expires_ms is None else d.expires_ms for d in docs]
+            self.expires_ms[rows] = times
         self.is_live[rows] = True
         has_vector = [d.vector is not None for d in docs]
         self.has_vector[rows] = has_vector
@@ -148,30 +186,22 @@ class Columns:
         self.without_vector += has_vector.count(False)
         for name, column in self.coded.items():
             if name == "categories":
-                keys: list[Any] = [tuple(d.memory.categories) or None for d in docs]
+                codes = [
+                    column.code(tuple(d.memory.categories) or None, d.memory.categories)
+                    for d in docs
+                ]
             else:
-                keys = [getattr(d.memory, name) for d in docs]
-            column.codes[rows] = [
-                column.code(key, list(key) if isinstance(key, tuple) else key) for key in keys
-            ]
+                values = [getattr(d.memory, name) for d in docs]
+                codes = [column.code(value, value) for value in values]
+            column.codes[rows] = codes
 
     def bytes_used(self) -> int:
-        per_row = sum(np.dtype(kind).itemsize for _, kind in self._FIXED) + 4 * (
-            len(self.coded) + len(self.derived)
-        )
-        distinct = sum(len(c.values) for c in (*self.coded.values(), *self.derived.values()))
-        return self.capacity * per_row + distinct * 150
-
-    def keep(self, rows: Ints) -> None:
-        """Forget all rows but these (ascending, row 0 first)."""
-        self.n = len(rows)
-        self.capacity = max(self.n, _ROWS_MIN)
-        for name, _ in self._FIXED:
-            setattr(self, name, grown(getattr(self, name)[rows], self.n, self.capacity))
-        for column in (*self.coded.values(), *self.derived.values()):
-            column.codes = grown(column.codes[rows], self.n, self.capacity)
-        live = self.expires_ms[1 : self.n]
-        self.expires_ms_min = int(live.min()) if len(live) else NEVER_MS
+        arrays = [getattr(self, name) for name, _ in self._FIXED]
+        arrays += [a for a in (self.expires_ms, self._updated_ms) if a is not None]
+        coded = [*self.coded.values(), *self.derived.values()]
+        arrays += [column.codes for column in coded]
+        distinct = sum(len(column.values) for column in coded)
+        return sum(int(array.nbytes) for array in arrays) + 150 * distinct
 
 
 def grown(array: npt.NDArray[Any], used: int, capacity: int) -> npt.NDArray[Any]:

@@ -72,7 +72,7 @@ class DerivedColumns:
             if len(self._of) >= _COLUMNS_MAX:
                 del self._of[next(iter(self._of))]
             column = self._of[key] = DerivedColumn(columns.capacity)
-        docs = columns.doc[: columns.n][columns.is_live[: columns.n]].tolist()
+        docs = columns.live_docs()
         for start in range(0, len(docs), _STEP_ROWS):
             for doc in docs[start : start + _STEP_ROWS]:
                 row = columns.row_of(doc)  # rows may be renumbered between steps

@@ -1,8 +1,8 @@
 """Filters as masks: which rows of a block may be ranked at all, decided before ranking.
 
-Columns of few distinct values (ids, types, categories, metadata) are tested once a distinct
-value; numbers are compared a column at a time. `agentmem_node.model.filter_tree` says what the
-operators mean, for both.
+Columns of few distinct values (ids, types, importance, categories, metadata) are tested once a
+distinct value; times are compared a column at a time. What the operators mean, for both, is said
+in `agentmem_node.model.filter_tree`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import numpy as np
 
 from agentmem_cluster.errors import InvalidField
 from agentmem_node.index.block import Block
-from agentmem_node.index.columns import MEMORY_TYPES, NEVER_MS, Bools, Coded, Floats, Ints
+from agentmem_node.index.columns import NEVER_MS, Bools, Coded, Ints
 from agentmem_node.index.derived import ReadMemory
 from agentmem_node.model.filter_tree import (
     METADATA_PREFIX,
     SCOPE_FIELDS,
-    TIME_FIELDS,
     And,
     Compare,
     Filter,
@@ -46,6 +45,7 @@ def allowed_rows(
     if columns.live != n - 1:
         mask = columns.is_live[:n]
     if columns.expires_ms_min <= now_ms:
+        assert columns.expires_ms is not None
         mask = _both(mask, columns.expires_ms[:n] > now_ms)
     for field in SCOPE_FIELDS:
         value = getattr(scope, field)
@@ -98,33 +98,40 @@ class _Evaluator:
             return self._content(test, within)
         if field == "id":
             return _and(within, self._ids(test))
-        if field == "memory_type":
-            table = np.array([holds(test.op, name, test.value) for name in MEMORY_TYPES])
-            return _and(within, table[columns.memory_type[:n]])
-        if field == "importance":
-            return _and(within, _numbers(columns.importance[:n], test))
-        if field in TIME_FIELDS:
-            times: Ints = getattr(columns, field.replace("_at", "_ms"))[:n]
-            if field != "expires_at":
-                return _and(within, _numbers(times, test))
-            is_set = times != NEVER_MS
-            if test.op == "exists":
-                return _and(within, is_set == test.value)
-            if test.op in ("ne", "nin"):
-                return _and(within, ~is_set | _numbers(times, test))
-            return _and(within, is_set & _numbers(times, test))
+        if field == "created_at":
+            return _and(within, _numbers(columns.created_ms[:n], test))
+        if field == "updated_at":
+            return _and(within, _numbers(columns.updated_ms[:n], test))
+        if field == "expires_at":
+            return self._expires(test, within)
         raise AssertionError(f"a filter on {field} passed the parser")
 
     def _content(self, test: Compare, within: Bools) -> Bools:
         derived = self._block.derived
         if not derived.is_complete(test) and np.count_nonzero(within) <= _READ_ROWS_MAX:
-            docs = self._block.columns.doc
+            rows = within.nonzero()[0]
             found: Bools = np.zeros(len(within), dtype=np.bool_)
-            for row in np.flatnonzero(within).tolist():
-                found[row] = holds(test.op, self._read(int(docs[row]))["content"], test.value)
+            found[rows] = [
+                holds(test.op, self._read(doc)["content"], test.value)
+                for doc in self._block.columns.doc_of(rows).tolist()
+            ]
             return found
         column = derived.get(test, self._read)
         return _and(within, column.codes[: len(within)] == column.code(True, True))
+
+    def _expires(self, test: Compare, within: Bools) -> Bools:
+        times = self._block.columns.expires_ms
+        n = len(within)
+        is_set: Bools = np.zeros(n, dtype=np.bool_)
+        passed = is_set
+        if times is not None:
+            is_set = times[:n] != NEVER_MS
+            passed = is_set if test.op == "exists" else _numbers(times[:n], test)
+        if test.op == "exists":
+            return _and(within, is_set == test.value)
+        if test.op in ("ne", "nin"):
+            return _and(within, ~is_set | passed)
+        return _and(within, is_set & passed)
 
     def _ids(self, test: Compare) -> Bools:
         columns = self._block.columns
@@ -148,7 +155,7 @@ def _tested(column: Coded, test: Compare, n: int) -> Bools:
     return mask
 
 
-def _numbers(column: Ints | Floats, test: Compare) -> Bools:
+def _numbers(column: Ints, test: Compare) -> Bools:
     op, value = test.op, test.value
     mask: Bools
     if op == "eq":

@@ -18,6 +18,7 @@ from agentmem_node.index.columns import Ints, grown
 _TAIL_MIN: Final = 2_048
 _TAIL_ROOM: Final = 64
 _COUNT_MAX: Final = 255
+_UINT16_ROWS: Final = 1 << 16
 
 Keys = npt.NDArray[np.uint64]
 
@@ -42,10 +43,11 @@ class Found(NamedTuple):
 class Postings:
     def __init__(self) -> None:
         self._keys: Keys = np.zeros(0, dtype=np.uint64)
-        self._starts: Ints = np.zeros(0, dtype=np.int64)
-        self._sizes: Ints = np.zeros(0, dtype=np.int64)
-        self._frequencies = np.zeros(0, dtype=np.int32)
-        self._rows = np.zeros(0, dtype=np.int32)
+        # Of each key the first entry, and at the end their number. In how many memories it
+        # occurs is the number of its entries, less those that were zeroed (None: none were).
+        self._starts = np.zeros(1, dtype=np.int32)
+        self._zeroed: npt.NDArray[np.int32] | None = None
+        self._rows: npt.NDArray[Any] = np.zeros(0, dtype=np.uint16)
         self._counts = np.zeros(0, dtype=np.uint8)
         self._has_zeroed = False
         self._removed: dict[int, int] = {}  # row -> length of the tail then
@@ -100,9 +102,12 @@ class Postings:
             at = (end_of.take(self._rows, mode="clip") > 0).nonzero()[0]
             # Rows beyond the table were taken for its last one.
             at = at[(self._rows[at] < len(end_of)) & (self._counts[at] > 0)]
-            self._counts[at] = 0
-            np.subtract.at(self._frequencies, self._starts.searchsorted(at, side="right") - 1, 1)
-            self._has_zeroed |= len(at) > 0
+            if len(at):
+                self._counts[at] = 0
+                if self._zeroed is None:
+                    self._zeroed = np.zeros(len(self._keys), dtype=np.int32)
+                np.add.at(self._zeroed, self._starts.searchsorted(at, side="right") - 1, 1)
+                self._has_zeroed = True
         tail_rows = self._tail_rows[: self._tail]
         stays = np.arange(1, self._tail + 1) >= end_of.take(tail_rows, mode="clip")
         stays |= tail_rows >= len(end_of)
@@ -119,9 +124,12 @@ class Postings:
             at = self._keys.searchsorted(keys)
             at[at == len(self._keys)] = 0
             known = self._keys[at] == keys
-            starts = self._starts[at].tolist()
-            lengths = (self._sizes[at] * known).tolist()
-            frequencies = (self._frequencies[at] * known).tolist()
+            begins = self._starts[at]
+            sizes = (self._starts[at + 1] - begins) * known
+            starts, lengths = begins.tolist(), sizes.tolist()
+            if self._zeroed is not None:
+                sizes -= self._zeroed[at] * known
+            frequencies = sizes.tolist()
         else:
             starts, lengths, frequencies = [0] * size, [0] * size, [0] * size
         in_tail: list[Ints] = []
@@ -185,17 +193,19 @@ class Postings:
     def renumber(self, new_row: Ints) -> None:
         """Rows become `new_row[row]`; those that become 0 are forgotten."""
         self.merge()
-        self._rows = new_row[self._rows].astype(np.int32)
+        rows = new_row[self._rows]
+        self._rows = rows.astype(np.uint16 if len(new_row) <= _UINT16_ROWS else np.int32)
         self._counts[self._rows == 0] = 0
         self._drop_zeroed()
 
     def _drop_zeroed(self) -> None:
         held = self._counts > 0
         if not held.all():
-            sizes = np.add.reduceat(held, self._starts, dtype=np.int64)
+            sizes = np.add.reduceat(held, self._starts[:-1], dtype=np.int64)
             self._rows, self._counts = self._rows[held], self._counts[held]
             self._set_terms(self._keys[sizes > 0], sizes[sizes > 0])
         self._has_zeroed = False
+        self._zeroed = None
 
     def _insert(
         self, keys: Keys, rows: npt.NDArray[np.int32], counts: npt.NDArray[np.uint8]
@@ -211,11 +221,12 @@ class Postings:
         at = self._keys.searchsorted(distinct)
         # One past the last term there is no key to compare with, and none can be equal.
         is_known = np.append(self._keys, np.uint64(0))[at] == distinct
-        ends = np.append(self._starts, len(self._rows))[at + is_known]
-        places = ends.repeat(added)
+        places = self._starts[at + is_known].repeat(added)
+        if self._rows.dtype == np.uint16 and int(rows.max()) >= _UINT16_ROWS:
+            self._rows = self._rows.astype(np.int32)
         self._rows = np.insert(self._rows, places, rows)
         self._counts = np.insert(self._counts, places, counts)
-        sizes = self._sizes.copy()
+        sizes = np.diff(self._starts)
         sizes[at[is_known]] += added[is_known]
         fresh = ~is_known
         self._set_terms(
@@ -223,10 +234,11 @@ class Postings:
             np.insert(sizes, at[fresh], added[fresh]),
         )
 
-    def _set_terms(self, keys: Keys, sizes: Ints) -> None:
-        self._keys, self._sizes = keys, sizes
-        self._starts = np.cumsum(sizes) - sizes
-        self._frequencies = sizes.astype(np.int32)
+    def _set_terms(self, keys: Keys, sizes: npt.NDArray[Any]) -> None:
+        self._keys = keys
+        self._starts = np.zeros(len(keys) + 1, dtype=np.int32)
+        np.cumsum(sizes, out=self._starts[1:])
 
     def bytes_used(self) -> int:
-        return 28 * len(self._keys) + 5 * len(self._rows) + 13 * len(self._tail_keys)
+        per_entry = 1 + self._rows.itemsize
+        return 12 * len(self._keys) + per_entry * len(self._rows) + 13 * len(self._tail_keys)

@@ -13,25 +13,24 @@ from agentmem_node.index.columns import Columns, Ints, grown
 
 class RunLinks:
     def __init__(self) -> None:
-        self.before: Ints = np.zeros(16, dtype=np.int64)
-        self.after: Ints = np.zeros(16, dtype=np.int64)
-        self.run: Ints = np.zeros(16, dtype=np.int64)  # a number for (owner, run_id); 0: no run
+        # Empty until the first memory of a run comes. Links are looked up all the time, and so
+        # have the width that numpy looks up with.
+        self.before: Ints = np.zeros(0, dtype=np.int64)
+        self.after: Ints = np.zeros(0, dtype=np.int64)
+        self.run = np.zeros(0, dtype=np.int32)  # a number for (owner, run_id); 0: no run
         self._number_of: dict[tuple[str, str], int] = {}
         self._last_row: list[int] = [0]  # of each run: where the next turn most likely goes
         self.has_links = False  # False: no memory of the block ever had a neighbour
 
     def reserve(self, rows: int) -> None:
-        if rows > len(self.before):
-            used, capacity = len(self.before), rows + rows // 2
-            self.before = grown(self.before, used, capacity)
-            self.after = grown(self.after, used, capacity)
-            self.run = grown(self.run, used, capacity)
+        """Room for `rows` rows in all, if there is any run."""
+        if len(self._last_row) > 1 and rows > len(self.before):
+            self._grow(rows + rows // 2)
 
-    def insert(self, row: int, owner: str, run_id: str | None, columns: Columns) -> None:
+    def insert(self, row: int, owner: str, run_id: str, columns: Columns) -> None:
         """Link a row that has just been filled into its run."""
-        if run_id is None:
-            self.run[row] = 0
-            return
+        if row >= len(self.before):
+            self._grow(columns.capacity)
         number = self._number_of.get((owner, run_id))
         if number is None:
             number = self._number_of[(owner, run_id)] = len(self._last_row)
@@ -48,6 +47,8 @@ class RunLinks:
 
     def remove(self, row: int) -> None:
         """Unlink a row; its neighbours become each other's."""
+        if row >= len(self.before):
+            return
         before, after = int(self.before[row]), int(self.after[row])
         number = int(self.run[row])
         self.before[row] = self.after[row] = self.run[row] = 0
@@ -62,10 +63,19 @@ class RunLinks:
 
     def renumber(self, kept: Ints, new_row: Ints) -> None:
         """Rows become `new_row[row]`; `kept` are the old rows that stay."""
+        if not len(self.before):
+            return
+        kept = kept[kept < len(self.before)]
         self.before = new_row[self.before[kept]]
         self.after = new_row[self.after[kept]]
         self.run = self.run[kept]
         self._last_row = [int(new_row[row]) for row in self._last_row]
+
+    def _grow(self, capacity: int) -> None:
+        used = len(self.before)
+        self.before = grown(self.before, used, capacity)
+        self.after = grown(self.after, used, capacity)
+        self.run = grown(self.run, used, capacity)
 
     def _join(self, before: int, after: int) -> None:
         if before and after:
@@ -104,4 +114,4 @@ class RunLinks:
         return int(members[np.lexsort((members, columns.created_ms[members]))[0]])
 
     def bytes_used(self) -> int:
-        return 24 * len(self.before) + 150 * len(self._last_row)
+        return 20 * len(self.before) + 150 * len(self._last_row)

@@ -79,7 +79,11 @@ def bm25_scores(
         matches = _lend(block, matches, len(terms.keys), defaults)
     average = stats.terms_total / total or 1.0
     k1, b = defaults.bm25_k1, defaults.bm25_b
-    gain = block.context().length.take(matches.row)
+    length = block.context().length
+    if length is None:
+        gain = block.columns.length.take(matches.row).astype(np.float64)
+    else:
+        gain = length.take(matches.row)
     gain *= k1 * b / average
     gain += k1 * (1.0 - b)
     gain += matches.occurrences
@@ -153,7 +157,10 @@ def recency_scores(block: Block, now_ms: int, defaults: RankingDefaults) -> Floa
 
 
 def importance_scores(block: Block) -> Floats:
-    return block.columns.importance[: block.columns.n].copy()
+    column = block.columns.coded["importance"]
+    values = np.array([value or 0.0 for value in column.values])
+    scores: Floats = values[column.codes[: block.columns.n]]
+    return scores
 
 
 def _sums(at: Ints, values: Floats, size: int) -> Floats:

@@ -106,7 +106,7 @@ def weighted_page(
         skip = sum((-score, key) <= last for score, key in zip(scores, ids, strict=True))
         end = skip + query.top_k + 1
         order, ids, scores = order[skip:end], ids[skip:end], scores[skip:end]
-    docs = columns.doc[rows[order]].tolist()
+    docs = columns.doc_of(rows[order]).tolist()
     return Page(ids, docs, scores, [leg[order].tolist() for leg in legs])
 
 
@@ -129,7 +129,7 @@ def _cut(
 
 def _totals(
     scored: Scored, weights: Sequence[float], defaults: RankingDefaults
-) -> tuple[Floats, Floats | float]:
+) -> tuple[Floats, npt.NDArray[np.floating] | float]:
     """Weighted scores of all rows by int8, and how far from exact each may be."""
     weight_sum = sum(weights)
     total: Floats = scored.scores[0] * (weights[0] / weight_sum)
@@ -141,7 +141,9 @@ def _totals(
     return total, _ROUNDING
 
 
-def _spread(scored: Scored, weight: float, defaults: RankingDefaults) -> Floats | float:
+def _spread(
+    scored: Scored, weight: float, defaults: RankingDefaults
+) -> npt.NDArray[np.floating] | float:
     assert scored.vector is not None
     error = defaults.rescore_deviations * scored.vector.deviation * weight
     if not scored.with_text:
@@ -180,7 +182,7 @@ def ranked_candidates(
     ids = {row: key for entries in lists for _, key, row in entries}
     rows: Ints = np.array(sorted(ids), dtype=np.int64)
     legs = [_refined(scored, leg, rows, read) for leg in range(len(scored.legs))]
-    docs = scored.block.columns.doc[rows].tolist()
+    docs = scored.block.columns.doc_of(rows).tolist()
     scores = zip(*(leg.tolist() for leg in legs), strict=True)
     return [
         Candidate(ids[row], doc, 0.0, each)
@@ -202,7 +204,7 @@ def _refined(scored: Scored, leg: int, rows: Ints, read: ReadVectors) -> Floats:
         todo = rows[~scored.is_exact[rows]]
     if len(todo):
         block = scored.block
-        exact = exact_cosines(read(block.columns.doc[todo]), vector)
+        exact = exact_cosines(read(block.columns.doc_of(todo)), vector)
         values: Floats = scores[todo]
         values += scoring.exact_correction(
             block, todo, cosines[todo], exact, with_text=scored.with_text

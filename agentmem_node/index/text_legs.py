@@ -169,9 +169,9 @@ def _scores(
     else:
         tail = engine.tail(block.text_space) if engine and block.text_space is not None else []
         rows = [row for doc in {*docs, *tail} if (row := columns.row_of(doc)) is not None]
-    for row in rows:
-        if live[row] and (within is None or within[row]):
-            found[row] = score(words(read(int(columns.doc[row]))["content"]))
+    rows = [row for row in rows if live[row] and (within is None or within[row])]
+    for row, doc in zip(rows, columns.doc_of(np.array(rows, dtype=np.int64)).tolist(), strict=True):
+        found[row] = score(words(read(doc)["content"]))
     return found
 
 

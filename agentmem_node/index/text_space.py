@@ -73,8 +73,7 @@ class TextSpaces:
         # comes both ways is put twice, with the same text.
         block.on_text = on_text
         columns = block.columns
-        live = columns.is_live[: columns.n]
-        docs = columns.doc[: columns.n][live].tolist()
+        docs = columns.live_docs()
         for start in range(0, len(docs), _STEP_DOCS):
             for doc in docs[start : start + _STEP_DOCS]:
                 row = columns.row_of(doc)
