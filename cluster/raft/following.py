@@ -9,13 +9,20 @@ from agentmem_cluster.raft.frames import HEAD, Kind
 from agentmem_cluster.raft.matching import Refused, reconcile
 from agentmem_cluster.raft.pysync import Member
 from agentmem_cluster.raft.voice import Voice
+from agentmem_cluster.runtime import Clock
 
 
 class Following:
     """What one member does with the appends of whoever leads."""
 
     def __init__(
-        self, member: Member, log: Any, voice: Voice, heard_leader: Callable[[], None]
+        self,
+        member: Member,
+        log: Any,
+        voice: Voice,
+        heard_leader: Callable[[], None],
+        clock: Clock,
+        quiet_s: float,
     ) -> None:
         self._member = member
         self._log = log
@@ -24,6 +31,15 @@ class Following:
         self.receiving = False  # what pysyncobj acknowledges meanwhile is said here, not there
         self.floor = 0  # what every connected follower has, by the leader's word
         self.needs_reseed = False
+        self._clock = clock
+        self._quiet_s = quiet_s
+        # What was acknowledged last (to which leadership, up to where), and when.
+        self._told: tuple[bytes, int, int] | None = None
+        self._told_s = 0.0
+
+    def session_ended(self) -> None:
+        """What was on its way to the leader may be lost."""
+        self._told = None
 
     def on_append(self, peer: str, frame: list[Any]) -> bool:
         member, log, voice = self._member, self._log, self._voice
@@ -37,6 +53,7 @@ class Following:
         self._heard_leader()
         verdict = reconcile(log, member.commit_index, previous, previous_term, terms, commands)
         if isinstance(verdict, Refused):
+            self._told = None
             self._pass_on(peer, term, member.commit_index, [], 0)
             voice.promise(peer, Kind.REFUSED, boot, verdict.previous, verdict.next_index)
             return True
@@ -71,6 +88,10 @@ class Following:
 
     def _acknowledge(self, peer: str, boot: bytes, verified: int, *, is_beat: bool) -> None:
         log, voice = self._log, self._voice
+        now_s, telling = self._clock.monotonic(), (boot, self._member.term, verified)
+        if is_beat and telling == self._told and now_s - self._told_s < self._quiet_s:
+            return  # a notice of commit: the leader knows already, and that this member lives
+        self._told, self._told_s = telling, now_s
         durable = log.durable_index if log.hard_state_durable else -1
         if verified <= durable:
             voice.say(peer, Kind.APPENDED, boot, verified)

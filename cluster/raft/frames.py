@@ -60,24 +60,25 @@ _SHAPES: dict[int, tuple[type, ...]] = {
 ANSWERS = frozenset(kind for kind, shape in _SHAPES.items() if shape and shape[0] is bytes)
 HEAD = 5
 _HEAD_SHAPE: tuple[type, ...] = (int, str, int, bytes, int)
+# What a whole frame of each kind consists of, and where its numbers stand.
+_TYPES = {int(kind): (*_HEAD_SHAPE, *shape) for kind, shape in _SHAPES.items()}
+_NUMBERS = {
+    int(kind): tuple(at for at, field in enumerate(shape, HEAD) if field is int)
+    for kind, shape in _SHAPES.items()
+}
 
 
 def well_formed(frame: Any) -> bool:
     """Whether a decoded value has the shape of a frame. Peers are authenticated, not infallible."""
-    if type(frame) is not list or len(frame) < HEAD:
+    if type(frame) is not list or not frame or type(frame[0]) is not int:
         return False
-    for value, wanted in zip(frame, _HEAD_SHAPE, strict=False):
-        if type(value) is not wanted:
-            return False
-    shape = _SHAPES.get(frame[0])
-    if shape is None or len(frame) != HEAD + len(shape) or not 0 <= frame[4] < NUMBER_MAX:
+    kind = frame[0]
+    if tuple(map(type, frame)) != _TYPES.get(kind) or not 0 <= frame[4] < NUMBER_MAX:
         return False
-    for at, wanted in enumerate(shape, HEAD):
-        if type(frame[at]) is not wanted:
+    for at in _NUMBERS[kind]:
+        if not NO_INDEX <= frame[at] < NUMBER_MAX:
             return False
-        if wanted is int and not NO_INDEX <= frame[at] < NUMBER_MAX:
-            return False
-    return frame[0] != Kind.APPEND or _is_append(frame)
+    return kind != Kind.APPEND or _is_append(frame)
 
 
 def _is_append(frame: list[Any]) -> bool:

@@ -25,8 +25,9 @@ from agentmem_cluster.raft.settings import RaftSettings
 from agentmem_cluster.raft.voice import Voice
 from agentmem_cluster.runtime import Clock, Rng
 
-# A commit index that moved is told to followers with the next append, or after this long.
-NOTICE_S = 0.002
+# A commit index that moved is told to followers with the next append, or at the next multiple of
+# this: the same moments for all groups, so that one wake-up serves those that have something.
+NOTICE_S = 0.005
 NEVER = float("inf")
 Tell = Callable[[Callable[[Any], None], Any], None]
 
@@ -68,7 +69,14 @@ class Group:
         self._elections = Elections(
             self.member, log, self._voice, clock, rng, settings, is_preferred=is_preferred
         )
-        self._following = Following(self.member, log, self._voice, self._elections.heard_leader)
+        self._following = Following(
+            self.member,
+            log,
+            self._voice,
+            self._elections.heard_leader,
+            clock,
+            settings.heartbeat_s / 2,
+        )
         self._leading: Replication | None = None
         self._leading_term = -1
         self._known_leader: tuple[str | None, int] = (None, 0)
@@ -173,6 +181,7 @@ class Group:
         if peer in self._voice.up:
             del self._voice.up[peer]
             self.member.disconnected(peer)
+            self._following.session_ended()
 
     def receive(self, peer: str, frame: list[Any]) -> bool:
         """A well-formed frame of this group and epoch. False: it is a stranger's."""
@@ -219,9 +228,10 @@ class Group:
         index = frame[6]
         if not self._voice.is_answer_to_me(frame) or self._leading is None:
             return False
+        known = self._leading.peers[peer].match_index
         if not self._leading.appended(peer, index):
             return False
-        self._count = True
+        self._count = self._count or index > known
         self.member.acknowledged(peer, index)
         return True
 
@@ -278,7 +288,7 @@ class Group:
     def _lead(self, now_s: float) -> None:
         member = self.member
         beat = now_s >= self._beat_s
-        if self._count or beat:
+        if beat or (self._count and member.commit_index < self.log.last_index):
             self._count = False
             member.tick()  # counts replicas, and steps down without a quorum
             self._follow_role()
@@ -296,11 +306,10 @@ class Group:
             leading.notice()
             self._notice_s = NEVER
         else:
-            self._notice_s = min(self._notice_s, now_s + NOTICE_S)
+            self._notice_s = min(self._notice_s, _next_multiple(NOTICE_S, now_s))
         if beat:
-            heartbeat_s = self._settings.heartbeat_s
             # The same moments for all groups of a node: one wake-up, one burst to each peer.
-            self._beat_s = (floor(now_s / heartbeat_s + 1e-6) + 1) * heartbeat_s
+            self._beat_s = _next_multiple(self._settings.heartbeat_s, now_s)
             for peer in leading.beat():
                 self._voice.say(peer, Kind.RESEED, self.log.first_index)
             self._probe()  # again: sessions that broke have taken questions with them
@@ -451,3 +460,7 @@ class Group:
             f"within {self._settings.election_s_max} s, so a read here might be stale",
             hint="Retry, or read with consistency=eventual.",
         )
+
+
+def _next_multiple(step_s: float, now_s: float) -> float:
+    return (floor(now_s / step_s + 1e-6) + 1) * step_s

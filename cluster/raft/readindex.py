@@ -188,6 +188,8 @@ class ReadIndex:
         return min(soonest, self._ask_again_s) if self._questions else soonest
 
     def _oldest_expires_s(self) -> float:
+        if not self._waiting and not self._round_local and not self._questions:
+            return float("inf")  # the usual case, asked in every tick of every group
         # Reads join in the order in which they expire, and go back in front of younger ones.
         lists = (self._round_local, *(reads for _, reads in self._questions), self._waiting)
         return min((reads[0].expires_s for reads in lists if reads), default=float("inf"))
