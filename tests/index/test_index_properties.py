@@ -433,3 +433,18 @@ def test_columns_for_filters_are_filled_in_steps_and_kept_current(source: Any) -
         assert found == ShardIndex(source).search_local(query)
         expected = [d.id for d in source.docs.values() if matches(tree, d.memory)]
         assert {hit.id for hit in found.hits} == set(expected)
+
+
+def test_equal_scores_are_ordered_by_id_across_shards() -> None:
+    world = World(4)
+    for number in random.Random(2).sample(range(1, 60), 59):
+        shard = number * 7 % 4
+        world.sources[shard].add(number, "tea", None, user_id=f"user{number}")
+    query = SearchQuery("acme", Scope(), 20, kit.NOW_MS, text="tea")
+    found: list[int] = []
+    for _ in range(3):
+        answer = world.search(query)
+        found += [int.from_bytes(hit.id, "big") for hit in answer.hits]
+        query = dataclasses.replace(query, after=answer.next_after)
+    assert found == list(range(1, 60))
+    assert answer.next_after is None

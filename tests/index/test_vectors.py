@@ -224,3 +224,24 @@ def test_a_lexical_index_has_no_vectors(source: Any) -> None:
     source.add(1, "tea", None, user_id="ana")
     query = SearchQuery("acme", Scope(user_id="ana"), 5, kit.NOW_MS, text="tea")
     assert len(ShardIndex(source).search_local(query).hits) == 1
+
+
+def test_memories_nearer_to_each_other_than_int8_can_tell_come_in_the_order_of_float32(
+    source: Any,
+) -> None:
+    rng = np.random.default_rng(8)
+    source.dim = 384
+    centre = unit_rows(rng, 1, 384)[0]
+    vectors = centre + unit_rows(rng, 400, 384) * np.float32(0.02)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    fill(source, vectors.astype(np.float32))
+    index = ShardIndex(source)
+    agree = 0
+    for probe in unit_rows(rng, 20, 384):
+        vector = centre + probe * np.float32(0.5)
+        vector /= np.linalg.norm(vector)
+        cosines = vectors.astype(np.float64) @ vector
+        best = np.argsort(-cosines, kind="stable")[:10] + 1
+        found = [int.from_bytes(key, "big") for key, _ in search(index, vector)]
+        agree += found == best.tolist()
+    assert agree >= 18
