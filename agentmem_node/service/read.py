@@ -165,7 +165,7 @@ class Reads:
         body = {
             "tenant": caller.tenant,
             "scope": [scope.user_id, scope.agent_id, scope.app_id, scope.run_id],
-            "filters": query.filters,
+            "filters": filters_to_wire(query.filters),
             "after": after,
             # One more than asked: whether there is a next page must be known, not guessed.
             "limit": query.limit + 1,
@@ -232,8 +232,7 @@ class Reads:
 
     async def on_list(self, _peer: str, body: dict[str, Any]) -> dict[str, Any]:
         """`read.list`: shard -> its page, or its error."""
-        filters = body["filters"]
-        filter_ = None if filters is None else parse_filter(filters, self._limits)
+        filter_ = filter_from_wire(body["filters"], self._limits)
         return await self.answer_each(body, lambda local: self._list_here(local, body, filter_))
 
     # -- asking replicas ------------------------------------------------------------------
@@ -365,6 +364,15 @@ class Reads:
         return await self._settled(
             body["shard"], body["epoch"], body["at"], body["consistency"], self._deadline_of(body)
         )
+
+
+def filters_to_wire(filters: dict[str, Any] | None) -> bytes | None:
+    """As JSON, like they came: msgpack ends at 64 bits, and a filter may name a larger number."""
+    return None if filters is None else msgspec.json.encode(filters)
+
+
+def filter_from_wire(filters: bytes | None, limits: Limits) -> Filter | None:
+    return None if filters is None else parse_filter(msgspec.json.decode(filters), limits)
 
 
 def promoted(scope: Scope, filter_: Filter | None) -> Scope:

@@ -33,7 +33,14 @@ from agentmem_node.service.contract import Caller
 from agentmem_node.service.deadlines import within
 from agentmem_node.service.drafts import check_scope, normalised
 from agentmem_node.service.fanout import Gathered
-from agentmem_node.service.read import Reads, promoted, session_tokens, settle
+from agentmem_node.service.read import (
+    Reads,
+    filter_from_wire,
+    filters_to_wire,
+    promoted,
+    session_tokens,
+    settle,
+)
 from agentmem_node.service.routing import LocalShard, Routing
 
 _NO_STATISTICS = TextStats(0, 0, ())
@@ -61,7 +68,7 @@ class _Search:
             "now_ms": query.now_ms,
             "text": query.text,
             "vector": query.vector,
-            "filters": self.filters,
+            "filters": filters_to_wire(self.filters),
             "legs": query.legs,
             "fusion": query.fusion,
             "threshold": query.threshold,
@@ -343,7 +350,6 @@ class Searches:
 
     def _query_of(self, body: dict[str, Any]) -> SearchQuery:
         user_id, agent_id, app_id, run_id = body["scope"]
-        filters = body["filters"]
         after = body["after"]
         return SearchQuery(
             tenant=body["tenant"],
@@ -352,7 +358,7 @@ class Searches:
             now_ms=body["now_ms"],
             text=body["text"],
             vector=body["vector"],
-            filter=None if filters is None else parse_filter(filters, self._limits),
+            filter=filter_from_wire(body["filters"], self._limits),
             legs=tuple((name, weight) for name, weight in body["legs"]),
             fusion=body["fusion"],
             threshold=body["threshold"],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -80,9 +81,15 @@ def test_every_node_writes_reads_and_finds_the_memories_of_every_shard(cluster: 
             assert [hit["id"] for hit in own["results"]] == [ids[user]]
         listed = ask(url, "GET", "/memories?agent_id=barista&limit=50")
         assert {memory["id"] for memory in listed["results"]} == set(ids.values())
+        # A number that JSON can say and msgpack, which nodes speak, cannot.
+        filters = {"NOT": [{"metadata.size": {"gt": 10**30}}]}
+        asked = urllib.parse.quote(json.dumps(filters))
+        listed = ask(url, "GET", f"/memories?agent_id=barista&limit=50&filters={asked}")
+        assert {memory["id"] for memory in listed["results"]} == set(ids.values())
+        assert listed["partial"] == []
         for fusion in ("weighted", "rrf"):
             query = {"query": "tea", "agent_id": "barista", "top_k": 50, "fusion": fusion}
-            found = ask(url, "POST", "/memories/search", query)
+            found = ask(url, "POST", "/memories/search", query | {"filters": filters})
             assert {hit["id"] for hit in found["results"]} == set(ids.values())
             assert found["partial"] == []
 
