@@ -114,7 +114,8 @@ class Reads:
     # -- history --------------------------------------------------------------------------
 
     async def history(self, caller: Caller, memory_id: str) -> rq.HistoryAnswer:
-        """All versions, oldest first, of a deleted memory too. Raises NotFound."""
+        """The newest versions, oldest first, of a deleted memory too: up to a number, and to what
+        one answer may weigh. Raises NotFound."""
         key = parse_id(memory_id)
         shard_id = self._routing.shard_of_slot(slot_of_id(key))
 
@@ -134,7 +135,15 @@ class Reads:
 
     def _history_here(self, local: LocalShard, tenant: str, key: bytes) -> list[Any]:
         entries = local.shard.history(tenant, key, self._limits.history_versions_max)
-        encoded = [_history_encoder.encode(entry) for entry in entries]
+        encoded: list[bytes] = []
+        size = 0
+        for entry in reversed(entries):
+            data = _history_encoder.encode(entry)
+            size += len(data)
+            if size > _PAGE_BYTES_MAX and encoded:
+                break
+            encoded.append(data)
+        encoded.reverse()
         return [encoded, local.shard.applied_index]
 
     async def on_history(self, _peer: str, body: dict[str, Any]) -> list[Any]:

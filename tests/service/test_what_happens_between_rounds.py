@@ -21,10 +21,10 @@ from agentmem_node.config_keys import SearchSection
 from agentmem_node.engine.shard import Shard
 from agentmem_node.index.shard_index import ShardIndex
 from agentmem_node.model import requests as rq
-from agentmem_node.model.commands import Add, Delete, Op, Write, encode_write
+from agentmem_node.model.commands import Add, Delete, Op, Update, Write, encode_write
 from agentmem_node.model.ids import format_id, new_id, parse_id
 from agentmem_node.model.limits import Limits
-from agentmem_node.model.memory import Scope
+from agentmem_node.model.memory import Memory, Scope
 from agentmem_node.model.search import SearchAnswer
 from agentmem_node.service.contract import Caller
 from agentmem_node.service.drafts import Draft
@@ -155,6 +155,21 @@ def test_long_memories_are_found_whole_without_every_shard_sending_its_own(
     found = [json.loads(bytes(hit.record)) for hit in answer.hits]
     assert len(found) == 90
     assert all(text[memory["id"]] == memory["content"] for memory in found)
+
+
+def test_a_long_history_ends_with_the_newest_versions_that_fit_an_answer(node: Node) -> None:
+    memory_id = node.add("s00", "tea", 1)
+    key = parse_id(memory_id)
+    for version in range(1, 101):
+        stored = node.shards["s00"].get("t", key)
+        assert stored is not None
+        memory = msgspec.json.decode(stored.record, type=Memory)
+        content = f"{version} " + "x" * 60_000
+        after = msgspec.structs.replace(memory, content=content, version=version + 1)
+        node.apply("s00", Update(key, version, msgspec.json.encode(after), None, None))
+    answer = asyncio.run(node.reads.history(node.caller(), memory_id))
+    assert 30 < len(answer.results) < 40
+    assert [entry.version for entry in answer.results] == list(range(102))[-len(answer.results) :]
 
 
 def test_a_leg_weighs_nothing_or_enough_to_count(node: Node) -> None:
