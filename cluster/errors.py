@@ -46,7 +46,9 @@ class AgentMemError(Exception):
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON body. `detail` and `error` are the same text: Mem0's SDKs read either."""
-        text = f"{self.message} {self.hint}".strip()
+        # Messages from the depths of Raft are no sentences: an advice must not run into them.
+        ends = "" if not self.message or self.message.endswith((".", "!", "?", ":")) else "."
+        text = f"{self.message}{ends} {self.hint}".strip()
         body: dict[str, Any] = {"detail": text, "error": text, "code": self.code}
         if self.details:
             body["details"] = self.details
