@@ -62,8 +62,7 @@ class Columns:
 
     _FIXED: Final = (
         ("_doc_1", np.uint32),
-        ("id_high", np.uint64),
-        ("id_low", np.uint64),
+        ("ids", (">u8", 2)),
         ("created_ms", np.int64),
         ("length", np.int32),  # terms, without stop words
         ("is_live", np.bool_),
@@ -71,8 +70,7 @@ class Columns:
     )
 
     _doc_1: npt.NDArray[Any]  # doc + 1, so that row 0 comes before all
-    id_high: npt.NDArray[np.uint64]
-    id_low: npt.NDArray[np.uint64]
+    ids: npt.NDArray[np.uint64]  # (rows, 2): the high and the low half
     created_ms: Ints
     length: npt.NDArray[np.int32]
     is_live: Bools
@@ -105,9 +103,11 @@ class Columns:
         docs -= 1
         return docs
 
+    def docs(self, rows: Ints) -> list[int]:
+        return [doc_1 - 1 for doc_1 in self._doc_1[rows].tolist()]
+
     def live_docs(self) -> list[int]:
-        docs: list[int] = self.doc_of(self.is_live[: self.n].nonzero()[0]).tolist()
-        return docs
+        return self.docs(self.is_live[: self.n].nonzero()[0])
 
     def row_of(self, doc: int) -> int | None:
         """The row of a doc that this block has seen, live or dead."""
@@ -164,8 +164,7 @@ class Columns:
 
     def _fill(self, rows: slice, docs: Sequence[IndexDoc]) -> None:
         ids = np.frombuffer(b"".join([d.id for d in docs]), dtype=">u8").reshape(-1, 2)
-        self.id_high[rows] = ids[:, 0]
-        self.id_low[rows] = ids[:, 1]
+        self.ids[rows] = ids
         self.created_ms[rows] = [d.created_ms for d in docs]
         if self._updated_ms is None and any(d.updated_ms != d.created_ms for d in docs):
             self._updated_ms = self.created_ms.copy()

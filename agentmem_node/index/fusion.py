@@ -74,8 +74,10 @@ def weighted_scores(legs: Sequence[Floats], weights: Sequence[float]) -> Floats:
     total: Floats = legs[0] * weights[0]
     for scores, weight in zip(legs[1:], weights[1:], strict=True):
         total += scores * weight
-    total /= sum(weights)
-    return on_grid(total)
+    total *= _SCORE_STEPS / sum(weights)
+    np.rint(total, out=total)
+    total *= 1.0 / _SCORE_STEPS
+    return total
 
 
 def fuse(

@@ -113,7 +113,7 @@ class _Evaluator:
             found: Bools = np.zeros(len(within), dtype=np.bool_)
             found[rows] = [
                 holds(test.op, self._read(doc)["content"], test.value)
-                for doc in self._block.columns.doc_of(rows).tolist()
+                for doc in self._block.columns.docs(rows)
             ]
             return found
         column = derived.get(test, self._read)
@@ -144,7 +144,7 @@ class _Evaluator:
                 continue  # no memory has such an id
             if format_id(key) == text:
                 high, low = (np.uint64(int.from_bytes(key[i : i + 8], "big")) for i in (0, 8))
-                found |= (columns.id_high[:n] == high) & (columns.id_low[:n] == low)
+                found |= (columns.ids[:n, 0] == high) & (columns.ids[:n, 1] == low)
         return ~found if test.op in ("ne", "nin") else found
 
 

@@ -79,13 +79,13 @@ def weighted_page(
     pool = at_least
     if query.after is not None:
         # Of what certainly comes after the cursor, the best decide how deep to look.
-        pool = np.where(at_most < query.after[0], at_least, -1.0)
-    least = max(_nth_largest(pool, query.top_k + 1), 0.0)
+        pool = np.where(at_most < query.after[0] - _ROUNDING, at_least, -1.0)
+    least = max(_nth_largest(pool, query.top_k + 1) - _ROUNDING, 0.0)
     if query.threshold is not None:
-        least = max(least, query.threshold)
+        least = max(least, query.threshold - _ROUNDING)
     chosen = at_most >= least
     if query.after is not None:
-        chosen &= at_least <= query.after[0]
+        chosen &= at_least <= query.after[0] + _ROUNDING
     rows: Ints = chosen.nonzero()[0]
     if not len(rows):
         return _EMPTY
@@ -94,19 +94,20 @@ def weighted_page(
     legs = [_refined(scored, leg, rows, read) for leg in range(len(scored.legs))]
     final = weighted_scores(legs, weights)
     columns = scored.block.columns
-    order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -final))
+    pairs = columns.ids[rows]
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -final))
     if query.threshold is not None:
         order = order[final[order] >= query.threshold]
     if query.after is None:
         order = order[: query.top_k + 1]
-    ids = _ids(scored.block, rows[order])
+    ids = _ids(pairs[order])
     scores = final[order].tolist()
     if query.after is not None:
         last = (-query.after[0], query.after[1])
         skip = sum((-score, key) <= last for score, key in zip(scores, ids, strict=True))
         end = skip + query.top_k + 1
         order, ids, scores = order[skip:end], ids[skip:end], scores[skip:end]
-    docs = columns.doc_of(rows[order]).tolist()
+    docs = columns.docs(rows[order])
     return Page(ids, docs, scores, [leg[order].tolist() for leg in legs])
 
 
@@ -117,8 +118,8 @@ def _cut(
 
     Equal ones come by id, and those that the pages before have shown last.
     """
-    columns = scored.block.columns
-    high, low = columns.id_high[rows], columns.id_low[rows]
+    pairs = scored.block.columns.ids[rows]
+    high, low = pairs[:, 0], pairs[:, 1]
     keys = [low, high, -about]
     if after is not None:
         last_high = np.uint64(int.from_bytes(after[1][:8], "big"))
@@ -138,7 +139,7 @@ def _totals(
     for name, weight in scored.legs:
         if name == "vector":
             return total, _spread(scored, weight / weight_sum, defaults)
-    return total, _ROUNDING
+    return total, 0.0
 
 
 def _spread(
@@ -146,11 +147,7 @@ def _spread(
 ) -> npt.NDArray[np.floating] | float:
     assert scored.vector is not None
     error = defaults.rescore_deviations * scored.vector.deviation * weight
-    if not scored.with_text:
-        return error + _ROUNDING
-    spread = scored.block.context().exposure * error
-    spread += _ROUNDING
-    return spread
+    return scored.block.context().exposure * error if scored.with_text else error
 
 
 def ranked_lists(scored: Scored, defaults: RankingDefaults, read: ReadVectors) -> list[RankedRows]:
@@ -159,18 +156,19 @@ def ranked_lists(scored: Scored, defaults: RankingDefaults, read: ReadVectors) -
     for number, (name, _) in enumerate(scored.legs):
         scores = scored.scores[number].copy()
         _exclude(scores, scored, scored.members[number])
-        spread = _spread(scored, 1.0, defaults) if name == "vector" else _ROUNDING
-        least = _nth_largest(scores - spread, defaults.rank_window)
+        spread = _spread(scored, 1.0, defaults) if name == "vector" else 0.0
+        least = _nth_largest(scores - spread, defaults.rank_window) - _ROUNDING
         rows: Ints = (scores + spread >= max(least, 0.0)).nonzero()[0]
         if len(rows) > _RESCORED_MAX:
             rows = _cut(scored, rows, scores[rows], None, _RESCORED_MAX)
         exact = on_grid(_refined(scored, number, rows, read))
         columns = scored.block.columns
-        order = np.lexsort((columns.id_low[rows], columns.id_high[rows], -exact))
+        pairs = columns.ids[rows]
+        order = np.lexsort((pairs[:, 1], pairs[:, 0], -exact))
         order = order[: defaults.rank_window]
         rows = rows[order]
         lists.append(
-            list(zip(exact[order].tolist(), _ids(scored.block, rows), rows.tolist(), strict=True))
+            list(zip(exact[order].tolist(), _ids(pairs[order]), rows.tolist(), strict=True))
         )
     return lists
 
@@ -182,7 +180,7 @@ def ranked_candidates(
     ids = {row: key for entries in lists for _, key, row in entries}
     rows: Ints = np.array(sorted(ids), dtype=np.int64)
     legs = [_refined(scored, leg, rows, read) for leg in range(len(scored.legs))]
-    docs = scored.block.columns.doc_of(rows).tolist()
+    docs = scored.block.columns.docs(rows)
     scores = zip(*(leg.tolist() for leg in legs), strict=True)
     return [
         Candidate(ids[row], doc, 0.0, each)
@@ -218,11 +216,8 @@ def _refined(scored: Scored, leg: int, rows: Ints, read: ReadVectors) -> Floats:
     return scored.exact[rows]
 
 
-def _ids(block: Block, rows: Ints) -> list[bytes]:
+def _ids(pairs: npt.NDArray[np.uint64]) -> list[bytes]:
     """Ids of 16 bytes."""
-    pairs = np.empty((len(rows), 2), dtype=">u8")
-    pairs[:, 0] = block.columns.id_high[rows]
-    pairs[:, 1] = block.columns.id_low[rows]
     packed = pairs.tobytes()
     return [packed[i : i + 16] for i in range(0, len(packed), 16)]
 
@@ -265,6 +260,9 @@ def _nth_largest(values: Floats, n: int) -> float:
         # The n-th largest of many groups' maxima. Few of the n largest share a group, and this
         # costs a fraction of a partition of all.
         whole = size // groups * groups
-        values = values[:whole].reshape(-1, groups).max(axis=0)
+        values = np.maximum.reduce(values[:whole].reshape(-1, groups))
         size = groups
-    return float(np.partition(values, size - n)[size - n])
+    else:
+        values = values.copy()
+    values.partition(size - n)
+    return float(values[size - n])

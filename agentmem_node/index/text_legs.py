@@ -170,7 +170,7 @@ def _scores(
         tail = engine.tail(block.text_space) if engine and block.text_space is not None else []
         rows = [row for doc in {*docs, *tail} if (row := columns.row_of(doc)) is not None]
     rows = [row for row in rows if live[row] and (within is None or within[row])]
-    for row, doc in zip(rows, columns.doc_of(np.array(rows, dtype=np.int64)).tolist(), strict=True):
+    for row, doc in zip(rows, columns.docs(np.array(rows, dtype=np.int64)), strict=True):
         found[row] = score(words(read(doc)["content"]))
     return found
 

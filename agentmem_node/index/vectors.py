@@ -44,7 +44,11 @@ class QueryVector:
         self.unit = 1.0 / (scale * factor)  # a product of codes, times this, is a cosine
         # Rounding errors are even within a step, of the rows and of the query alike.
         self.deviation = math.sqrt((1.0 / scale**2 + 1.0 / factor**2) / 12.0)
-        self.exact: Floats = np.rint(floats * _GRID)
+        # On the same grid as the rows, and divided by what both were multiplied with: a power of
+        # two, which changes no digit.
+        exact: Floats = np.rint(floats * _GRID)
+        exact *= 1.0 / (_GRID * _GRID)
+        self.exact = exact
 
 
 def exact_cosines(vectors: Matrix, query: QueryVector) -> Floats:
@@ -53,7 +57,6 @@ def exact_cosines(vectors: Matrix, query: QueryVector) -> Floats:
     grid *= _GRID
     np.rint(grid, out=grid)
     cosines: Floats = grid @ query.exact
-    cosines *= 1.0 / (_GRID * _GRID)
     return cosines
 
 
