@@ -52,7 +52,7 @@ class RankingDefaults:
     """Reciprocal rank fusion: weight / (rrf_k + rank) (Cormack et al., SIGIR 2009, with 60; their
     lists were long and many, ours are two)."""
 
-    rank_window: int = 200
+    rank_window: int = 100
     """Ranks are known this far: a memory beyond it in a leg has no rank there (RRF, explain)."""
 
     rescore_deviations: float = 3.5

@@ -174,17 +174,20 @@ def ranked_lists(scored: Scored, defaults: RankingDefaults, read: ReadVectors) -
 
 
 def ranked_candidates(
-    scored: Scored, lists: Sequence[RankedRows], read: ReadVectors
+    scored: Scored, lists: Sequence[RankedRows], read: ReadVectors, *, explain: bool
 ) -> list[Candidate]:
-    """Every memory in one of the lists, with its score in all legs."""
+    """Every memory in one of the lists; to explain, with its score in all legs."""
     ids = {row: key for entries in lists for _, key, row in entries}
     rows: Ints = np.array(sorted(ids), dtype=np.int64)
-    legs = [_refined(scored, leg, rows, read) for leg in range(len(scored.legs))]
     docs = scored.block.columns.docs(rows)
-    scores = zip(*(leg.tolist() for leg in legs), strict=True)
+    if not explain:
+        return [
+            Candidate(ids[row], doc, 0.0, ()) for row, doc in zip(rows.tolist(), docs, strict=True)
+        ]
+    legs = [_refined(scored, leg, rows, read).tolist() for leg in range(len(scored.legs))]
     return [
-        Candidate(ids[row], doc, 0.0, each)
-        for row, doc, each in zip(rows.tolist(), docs, scores, strict=True)
+        Candidate(ids[row], doc, 0.0, scores)
+        for row, doc, scores in zip(rows.tolist(), docs, zip(*legs, strict=True), strict=True)
     ]
 
 

@@ -211,7 +211,7 @@ class ShardIndex:
         if query.explain or query.fusion == "rrf":
             ranked = selection.ranked_lists(scored, self.defaults, read)
         if query.fusion == "rrf":
-            candidates = selection.ranked_candidates(scored, ranked, read)
+            candidates = selection.ranked_candidates(scored, ranked, read, explain=query.explain)
         else:
             page = selection.weighted_page(scored, query, self.defaults, read)
             candidates = page.candidates()
