@@ -290,6 +290,10 @@ async def _read(answer: aiohttp.ClientResponse, bytes_max: int) -> bytes:
 def _reason(error: BaseException) -> str:
     """`Connection refused` rather than what layers of libraries made of it."""
     cause = getattr(error, "os_error", None) or error
+    if isinstance(cause, ssl.SSLError) and cause.reason == "WRONG_VERSION_NUMBER":
+        return "it does not speak TLS (write http:// instead of https://)"
+    if isinstance(cause, ssl.SSLError):  # an OSError, but with a number of its own counting
+        return str(cause)
     number = getattr(cause, "errno", None)
     text = os.strerror(number) if isinstance(number, int) and number > 0 else str(cause)
     return text or type(cause).__name__

@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from agentmem_client.errors import ProtocolError
@@ -75,7 +76,7 @@ class Topology:
                 urls={
                     str(name): str(node["http"]).rstrip("/")
                     for name, node in nodes.items()
-                    if node.get("http")
+                    if node.get("http") and _can_be_called(str(node["http"]))
                 },
                 shards=shards,
                 starts=tuple(first for first, _ in ranges),
@@ -87,3 +88,8 @@ class Topology:
                 f"GET /cluster did not answer with a shard map ({wrong!r}). "
                 "Is the URL an AgentMem node's?"
             ) from wrong
+
+
+def _can_be_called(url: str) -> bool:
+    """Not what a node listens on when it listens everywhere: here, that would be this machine."""
+    return urlsplit(url).hostname not in ("0.0.0.0", "::")

@@ -19,6 +19,7 @@ import agentmem_client as client
 from agentmem_node.cli.output import table
 
 _ASK_S = 2.0
+_REASON_ITEMS_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ def ask(urls: list[str], api_key: str | None = None, timeout_s: float = _ASK_S) 
     policy = client.Policy(deadline_s=timeout_s, unreachable_s_max=timeout_s / 2)
     with client.Client(urls, api_key=api_key, policy=policy) as first:
         topology = first.cluster()
+    # A node alone may not know by which address the world reaches it: the one that answered.
+    addresses = topology.urls or {str(topology.raw.get("node", "?")): urls[0]}
 
     def ask_one(named: tuple[str, str]) -> NodeState:
         name, url = named
@@ -107,8 +110,8 @@ def ask(urls: list[str], api_key: str | None = None, timeout_s: float = _ASK_S) 
         why = "" if health.is_ready else _reasons(health.details)
         return NodeState(name, url, True, health.is_ready, why, view)
 
-    with ThreadPoolExecutor(max_workers=min(16, max(1, len(topology.urls)))) as pool:
-        nodes = tuple(pool.map(ask_one, sorted(topology.urls.items())))
+    with ThreadPoolExecutor(max_workers=min(16, len(addresses))) as pool:
+        nodes = tuple(pool.map(ask_one, sorted(addresses.items())))
     newest = max(
         (node.view for node in nodes if node.view),
         key=lambda view: int(view.get("version", 0)),
@@ -126,9 +129,16 @@ def _short(error: client.AgentMemError) -> str:
 def _reasons(details: Mapping[str, Any]) -> str:
     reasons = details.get("reasons", details)
     if isinstance(reasons, Mapping):
-        shown = [f"{name}: {value}" for name, value in reasons.items() if name != "ready"]
+        shown = [f"{name}: {_listed(value)}" for name, value in reasons.items() if name != "ready"]
         return "; ".join(shown)[:200]
     return str(reasons)[:200]
+
+
+def _listed(value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    few, more = value[:_REASON_ITEMS_SHOWN], len(value) - _REASON_ITEMS_SHOWN
+    return ", ".join(map(str, few)) + (f" and {more} more" if more > 0 else "")
 
 
 def join(view: Mapping[str, Any], nodes: tuple[NodeState, ...]) -> list[ShardState]:

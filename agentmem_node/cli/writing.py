@@ -50,7 +50,7 @@ def add(
     agentmem add "Ana likes oolong tea" --user ana
     agentmem add --file diary.txt --user ana --category diary
     agentmem add --file conversations.jsonl
-    agentmem list --user ana --jsonl | agentmem add --file - --user ben
+    agentmem list --user ana --all --jsonl | jq -c '.user_id = "ben"' | agentmem add --file -
     """
     if text is None and path is None:
         raise click.UsageError('Give a text, like `agentmem add "..." --user ana`, or --file.')
@@ -228,6 +228,8 @@ def delete(
     """
     ids = list(_ids(memory_ids))
     if not ids:
+        if wants_json(as_json):
+            print_json({"results": []})
         return Exit.OK
     if expected_version is not None and len(ids) != 1:
         raise click.UsageError("--expected-version goes with one id.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from agentmem_node.cli.status import ClusterState, NodeState, ask, join, render
+from agentmem_node.cli.status import ClusterState, NodeState, _reasons, ask, join, render
 
 MEMBERS = ["n1", "n2", "n3"]
 
@@ -89,3 +89,17 @@ def test_every_node_that_the_map_names_is_asked(fake: Any) -> None:
     assert [n.id for n in state.nodes] == ["n1", "n2", "n3"]
     assert [n.is_ready for n in state.nodes] == [True, False, False]
     assert set(fake.asked("/health/ready")) == {"n1", "n2", "n3"}
+
+
+def test_a_node_alone_that_listens_everywhere_is_asked_where_it_answered(fake: Any) -> None:
+    url = fake.urls["n1"]
+    fake.urls = {"n1": "http://0.0.0.0:1"}
+    fake.leaders = dict.fromkeys(fake.leaders, "n1")
+    assert [node.url for node in ask([url]).nodes] == [url]
+
+
+def test_long_reasons_are_cut_short() -> None:
+    groups = ["meta", "s00", "s01", "s02", "s03", "s04"]
+    assert _reasons({"reasons": {"without_leader": groups}}) == (
+        "without_leader: meta, s00, s01, s02 and 2 more"
+    )

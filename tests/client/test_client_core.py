@@ -377,3 +377,10 @@ def test_whatever_happens_a_call_ends_in_time_under_one_key(
         assert sends < 1_000
     assert now <= 100.0 + deadline_s + 1e-6
     assert len(keys) <= 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_an_address_to_listen_on_is_none_to_call(host: str) -> None:
+    view = a_map("n1")
+    view["nodes"] = {"n1": {"http": f"http://{host}:7700"}, "n2": {"http": B}}
+    assert Topology.read(view).urls == {"n2": B}

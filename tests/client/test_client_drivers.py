@@ -205,6 +205,14 @@ def test_nobody_there_is_said_soon_and_plainly() -> None:
         assert time.monotonic() - started < 2.0
 
 
+def test_https_to_a_node_that_speaks_http_is_said_to_be_that(fake: Any) -> None:
+    url = fake.urls["n1"].replace("http:", "https:")
+    policy = client.Policy(unreachable_s_max=0.3)
+    refused = pytest.raises(client.ConnectionFailed, match="does not speak TLS")
+    with client.Client(url, policy=policy) as memory, refused:
+        memory.add("tea", user_id="ana")
+
+
 def test_a_silent_node_costs_no_more_than_the_deadline() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
