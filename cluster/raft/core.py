@@ -181,7 +181,7 @@ class NodeCore:
         """
         group = self._group_for(group_id, done)
         if group is not None:
-            group.read_index(done, until_s)
+            group.reads.ask(done, until_s)
             self._active[group_id] = None
         if self._told:
             self._tell_all()
@@ -196,7 +196,7 @@ class NodeCore:
         """`done(index)` once that entry is applied here; perhaps never from `until_s` on."""
         group = self._group_for(group_id, done)
         if group is not None:
-            group.when_applied(index, done, until_s)
+            group.reads.wait_applied(index, done, until_s)
             self._active[group_id] = None
         if self._told:
             self._tell_all()
@@ -204,7 +204,7 @@ class NodeCore:
     def read_now(self, group_id: str) -> int | None:
         """The index at once, where one member is the quorum; None: ask `read_index`."""
         group = self._groups.get(group_id)
-        return None if group is None or self.fatal is not None else group.read_now()
+        return None if group is None or self.fatal is not None else group.reads.now()
 
     def transfer(self, group_id: str, to: str | None = None) -> None:
         """Hand leadership over, to the follower with most if none is named. No-op elsewhere."""

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from math import floor
 from typing import Any
 
-from agentmem_cluster.errors import AgentMemError, NoQuorum, NotLeader, Overloaded, ShuttingDown
+from agentmem_cluster.errors import AgentMemError, NotLeader, ShuttingDown
 from agentmem_cluster.raft.api import Applied, GroupSpec, GroupStatus, StateMachine
 from agentmem_cluster.raft.applying import Applier, check_continues
 from agentmem_cluster.raft.elections import Elections
 from agentmem_cluster.raft.following import Following
-from agentmem_cluster.raft.frames import NO_INDEX, Kind
+from agentmem_cluster.raft.frames import Kind
 from agentmem_cluster.raft.gate import Gate
 from agentmem_cluster.raft.proposals import Proposals, not_leader
 from agentmem_cluster.raft.pysync import Member
-from agentmem_cluster.raft.readindex import Answer, Local, ReadIndex, Remote
+from agentmem_cluster.raft.reading import Reading
 from agentmem_cluster.raft.replication import Replication
 from agentmem_cluster.raft.settings import RaftSettings
 from agentmem_cluster.raft.voice import Voice
@@ -80,9 +80,18 @@ class Group:
         self._leading: Replication | None = None
         self._leading_term = -1
         self._known_leader: tuple[str | None, int] = (None, 0)
-        self._reads = ReadIndex(len(spec.members), 2 * settings.heartbeat_s)
         self._proposals = Proposals(spec.id, settings)
         self._applier = Applier(log, machine, settings, clock.monotonic())
+        self.reads = Reading(
+            spec.id,
+            self.member,
+            self._voice,
+            self._applier,
+            clock,
+            settings,
+            tell,
+            inherited=log.last_index,
+        )
         self._beat_s = 0.0
         self._notice_s = NEVER
         self._count = False  # the leader has a reason to count replicas again
@@ -108,42 +117,6 @@ class Group:
         else:
             self._proposals.add(command, done)
 
-    def read_index(self, done: Callable[[int | AgentMemError], None], until_s: float) -> None:
-        if not self._reads_full(done):
-            self._reads.join(
-                Local(
-                    done=lambda index: self._tell(done, index),
-                    failed=lambda: self._tell(done, self._no_quorum()),
-                    expires_s=self._clock.monotonic() + self._settings.election_s_max,
-                    until_s=until_s,
-                )
-            )
-
-    def when_applied(
-        self, index: int, done: Callable[[int | AgentMemError], None], until_s: float
-    ) -> None:
-        if not self._reads_full(done):
-            gone = ShuttingDown(f"group {self.spec.id} is no longer served here")
-            self._reads.join_applied(
-                index,
-                Local(
-                    done=lambda at: self._tell(done, at),
-                    failed=lambda: self._tell(done, gone),
-                    expires_s=NEVER,
-                    until_s=until_s,
-                ),
-            )
-
-    def read_now(self) -> int | None:
-        """The read index, if this node alone is a quorum that may confirm it at once."""
-        member = self.member
-        if self._voice.peers or not member.is_leader or member.commit_index < member.noop_index:
-            return None
-        applied = self._applier.applied_index
-        if self._applier.stalled is not None:
-            return applied  # what a full disk holds up was never acknowledged, nor seen
-        return applied if applied == member.commit_index else None
-
     def transfer(self, to: str | None) -> None:
         """Hand leadership over once the follower has everything; nothing new enters until then."""
         if self._leading is None or self._transfer is not None:
@@ -165,7 +138,7 @@ class Group:
         error = ShuttingDown(f"group {self.spec.id} is no longer served here")
         for done, told in self._proposals.abandon(error):
             self._tell(done, told)
-        self._reads.fail_all()
+        self.reads.fail_all()
 
     # -- inputs from peers --
 
@@ -200,13 +173,13 @@ class Group:
             case Kind.REFUSED:
                 return self._on_refused(peer, frame)
             case Kind.PROBE:
-                return self._on_probe(peer, frame)
+                return self.reads.on_probe(peer, frame)
             case Kind.PROBED:
-                return self._on_probed(peer, frame)
+                return self.reads.on_probed(peer, frame)
             case Kind.ASK_READ:
-                return self._on_ask_read(peer, frame)
+                return self.reads.on_ask_read(peer, frame)
             case Kind.READ_AT:
-                return self._on_read_at(frame)
+                return self.reads.on_read_at(peer, frame)
             case Kind.ASK_PREVOTE:
                 return self._elections.on_ask_prevote(peer, frame)
             case Kind.PREVOTE:
@@ -242,32 +215,6 @@ class Group:
         self.member.acknowledged(peer, None)
         return True
 
-    def _on_probe(self, peer: str, frame: list[Any]) -> bool:
-        if frame[4] < self.member.term:
-            self._voice.promise(peer, Kind.TERM_IS_OLD)
-        elif frame[4] == self.member.term and self.member.leader == peer:
-            self._voice.say(peer, Kind.PROBED, frame[3], frame[5])
-        return True
-
-    def _on_probed(self, peer: str, frame: list[Any]) -> bool:
-        if not self._voice.is_answer_to_me(frame) or self._leading is None:
-            return False
-        self._answer_reads(self._reads.probed(peer, frame[6]))
-        return True
-
-    def _on_ask_read(self, peer: str, frame: list[Any]) -> bool:
-        if self._leading is None:
-            self._voice.say(peer, Kind.READ_AT, frame[3], frame[5], NO_INDEX)
-        else:
-            self._reads.join_remote(Remote(peer, frame[3], frame[5]))
-        return True
-
-    def _on_read_at(self, frame: list[Any]) -> bool:
-        if frame[5] != self._voice.boot:
-            return False
-        self._reads.answered(frame[6], frame[7])
-        return True
-
     # -- time --
 
     def tick(self, now_s: float) -> bool:
@@ -282,7 +229,7 @@ class Group:
             for done, refusal in self._proposals.refuse_queued(member.leader):
                 self._tell(done, refusal)
         more = self._apply(now_s)
-        self._serve_reads(now_s)
+        self.reads.serve(now_s)
         return more
 
     def _lead(self, now_s: float) -> None:
@@ -312,7 +259,7 @@ class Group:
             self._beat_s = _next_multiple(self._settings.heartbeat_s, now_s)
             for peer in leading.beat():
                 self._voice.say(peer, Kind.RESEED, self.log.first_index)
-            self._probe()  # again: sessions that broke have taken questions with them
+            self.reads.probe()  # again: sessions that broke have taken questions with them
         if self._transfer is not None:
             self._hand_over(leading, *self._transfer, now_s)
 
@@ -340,27 +287,8 @@ class Group:
         last = min(self.member.commit_index, self.log.durable_index)
         return bool(self._applier.applied_index < last)
 
-    def _serve_reads(self, now_s: float) -> None:
-        reads, member = self._reads, self.member
-        if self._leading is not None:
-            if reads.wants_round and member.commit_index >= member.noop_index:
-                self._answer_reads(reads.begin_round(member.commit_index))
-                self._probe()
-        elif member.leader is not None and member.leader in self._voice.up:
-            number = reads.begin_ask(now_s)
-            if number is not None:
-                self._voice.say(member.leader, Kind.ASK_READ, number)
-        reads.applied(self._applier.applied_index)
-        reads.expire(now_s)
-
-    def _probe(self) -> None:
-        round_ = self._reads.open_round
-        if round_ is not None:
-            for peer in self._voice.up:
-                self._voice.say(peer, Kind.PROBE, round_)
-
     def next_wakeup(self) -> float:
-        soonest = min(self._reads.next_wakeup(), self._applier.checkpoint_due_s())
+        soonest = min(self.reads.next_wakeup(), self._applier.checkpoint_due_s())
         if self._applier.stalled is not None:
             soonest = min(soonest, self._applier.retry_s())
         if self._leading is None:
@@ -414,12 +342,12 @@ class Group:
         known = (member.leader, member.term)
         if known != self._known_leader:
             self._known_leader = known
-            self._reads.role_changed()
+            self.reads.role_changed()
         if not member.is_leader:
-            self._leading = self._transfer = None
+            self._leading = self.reads.leading = self._transfer = None
         elif self._leading is None or self._leading_term != member.term:
             self._leading_term = member.term
-            self._leading = Replication(
+            self._leading = self.reads.leading = Replication(
                 self._voice.peers, self._voice.up, self.log, self._settings, self._send_append
             )
             self._elections.won()
@@ -435,31 +363,9 @@ class Group:
         commit, lowest = self._leading.commit_index, self._leading.floor()
         self._voice.say(peer, Kind.APPEND, previous, previous_term, commit, lowest, terms, commands)
 
-    def _answer_reads(self, answers: list[Answer]) -> None:
-        if self._leading is None:
-            return
-        for to, index in answers:
-            self._leading.commit_index = self.member.commit_index
-            self._leading.notice(to.peer)  # or the follower would wait to learn it
-            self._voice.say(to.peer, Kind.READ_AT, to.boot, to.number, index)
-
     def _member_says(self, peer: str, message: dict[str, Any]) -> None:
         if not self._following.receiving:
             self._elections.speak(peer, message)
-
-    def _reads_full(self, done: Callable[[Any], None]) -> bool:
-        waiting = len(self._reads)
-        if waiting < self._settings.queue_reads_max:
-            return False
-        self._tell(done, Overloaded(f"{waiting} reads of group {self.spec.id} wait already"))
-        return True
-
-    def _no_quorum(self) -> NoQuorum:
-        return NoQuorum(
-            f"no majority of {', '.join(self.spec.members)} answered for group {self.spec.id} "
-            f"within {self._settings.election_s_max} s, so a read here might be stale",
-            hint="Retry, or read with consistency=eventual.",
-        )
 
 
 def _next_multiple(step_s: float, now_s: float) -> float:

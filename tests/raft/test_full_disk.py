@@ -118,3 +118,19 @@ def test_a_journal_without_room_refuses_writes_serves_reads_and_goes_on(alone: A
     alone.run(1.0)
     assert isinstance(caught.one, Applied)
     assert isinstance(applied(alone, b"third"), Applied)
+
+
+def test_a_replay_without_room_serves_no_read_that_lacks_what_was_acknowledged(alone: Any) -> None:
+    alone.kill("a")
+    alone.restart("a")
+    alone.machines["a", "g"].broken = DiskFull("no room")
+    alone.run(0.5)
+    assert alone.cores["a"].is_leader("g")
+    assert alone.cores["a"].read_now("g") is None
+    read = alone.read("a")
+    alone.run(0.5)
+    assert read.outcomes == []
+    alone.machines["a", "g"].broken = None
+    alone.run(1.0)
+    assert read.one == alone.machines["a", "g"].applied_index
+    assert alone.machines["a", "g"].commands == [b"first"]
