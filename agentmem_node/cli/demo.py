@@ -42,7 +42,10 @@ def demo(nodes: int, only_play: bool, keep: bool) -> int:
         raise CommandFailed(f"{error.message} {error.hint}") from error
     finally:
         if keep:
-            click.echo(f"data kept in {data}; agentmem cluster dev --data {data} goes on with it")
+            click.echo(
+                f"data kept in {data}; agentmem cluster dev --nodes {nodes} --data {data} "
+                "goes on with it"
+            )
         else:
             shutil.rmtree(data, ignore_errors=True)
 

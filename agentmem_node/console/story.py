@@ -35,6 +35,7 @@ _WRITE_DEADLINE_S = 10.0
 _DURING_S_MIN = 2.0
 _DURING_WRITES_MAX = 400
 _CATCH_UP_S_MAX = 30.0
+_LEADER_S_MAX = 10.0
 # Every one must be alike in kind and unlike in a word, as log entries are.
 _NOTE = "Parcel PX{number:04d} was put on shelf {shelf} while a node was down"
 NOTES_USER = "priya"
@@ -135,10 +136,20 @@ class Demo:
 
     def leader_of(self, user: str) -> str:
         """The node that leads the shard of a user's memories. Raises NoQuorum without one."""
-        shard = self.client.cluster().shard_of_owner(f"user:{user}")
-        if shard is None or shard.leader is None:
-            raise NoQuorum(f"The shard of {user} has no leader now.")
-        return shard.leader
+        # Imported here: it brings tables that only a few need.
+        from agentmem_node.cli.status import ask
+
+        deadline = time.monotonic() + _LEADER_S_MAX
+        while True:
+            owner = self.client.cluster().shard_of_owner(f"user:{user}")
+            # All nodes are asked: one that has no replica of the shard need not know its leader.
+            # And asked again: leaderships move for a while after a start.
+            for shard in ask(self.cluster.urls).shards:
+                if owner is not None and shard.id == owner.id and shard.leader is not None:
+                    return shard.leader
+            if time.monotonic() >= deadline:
+                raise NoQuorum(f"The shard of {user} has no leader now.")
+            time.sleep(0.1)
 
     def kill_while_writing(self, node: str, search: str) -> Outage:
         """SIGKILL to `node` while memories are written one after the other; they go on after it."""
