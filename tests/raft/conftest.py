@@ -306,3 +306,9 @@ class World:
 def world() -> type[World]:
     """A maker of worlds."""
     return World
+
+
+@pytest.fixture
+def machine() -> type[ListMachine]:
+    """A maker of state machines."""
+    return ListMachine
