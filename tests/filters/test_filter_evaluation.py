@@ -228,3 +228,26 @@ def test_what_is_missing_is_not_equal() -> None:
     for raw in ({"agent_id": {"ne": "x"}}, {"metadata.city": {"nin": ["Oslo"]}}):
         tree = parse_filter(raw, Limits())
         assert tree is not None and matches(tree, nobody)
+
+
+def test_a_memory_that_never_expires_expires_at_no_given_time() -> None:
+    lasting = Memory(
+        id=format_id(bytes(16)),
+        content="",
+        user_id="ana",
+        created_at=format_ms(START_MS),
+        updated_at=format_ms(START_MS),
+    )
+    passing = msgspec.structs.replace(lasting, expires_at=format_ms(START_MS + 10_000))
+    when = format_ms(START_MS + 10_000)
+    for test, expected in [
+        ({"ne": when}, [True, False]),
+        ({"nin": [when]}, [True, False]),
+        ({"eq": when}, [False, True]),
+        ({"gt": format_ms(START_MS)}, [False, True]),
+        ({"exists": False}, [True, False]),
+    ]:
+        tree = parse_filter({"expires_at": test}, Limits())
+        assert tree is not None
+        assert by_masks([lasting, passing], tree) == expected
+        assert by_masks([lasting], tree) == expected[:1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentmem_node.index import graph
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.shard_index import ShardIndex
 from agentmem_node.index.vectors import QueryVector, VectorRows, exact_cosines, scale_of
@@ -125,8 +127,8 @@ def wait_for_graph(index: ShardIndex, vector: Matrix) -> None:
     deadline = time.monotonic() + 20
     while True:
         search(index, vector)
-        graph = graph_of(index)
-        if graph is not None and graph._graph is not None and not graph.is_building:
+        held = graph_of(index)
+        if held is not None and held._graph is not None and not held.is_building:
             return
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -245,3 +247,33 @@ def test_memories_nearer_to_each_other_than_int8_can_tell_come_in_the_order_of_f
         found = [int.from_bytes(key, "big") for key, _ in search(index, vector)]
         agree += found == best.tolist()
     assert agree >= 18
+
+
+def test_what_changes_while_a_graph_is_built_is_not_taken_from_it(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(9)
+    source.dim = 32
+    vectors = unit_rows(rng, 400, 32)
+    fill(source, vectors)
+    index = ShardIndex(source, defaults=SMALL_GRAPH)
+    read, go_on = threading.Event(), threading.Event()
+    build = graph._build
+
+    def slow(*arguments: Any) -> Any:
+        built = build(*arguments)
+        read.set()
+        assert go_on.wait(20)
+        return built
+
+    monkeypatch.setattr(graph, "_build", slow)
+    search(index, vectors[0])
+    assert read.wait(20)
+    moved = unit_rows(rng, 1, 32)[0]
+    index.apply([source.update(5, moved), source.delete(6)])
+    go_on.set()
+    wait_for_graph(index, vectors[0])
+    assert search(index, moved)[0][0] == (5).to_bytes(16, "big")
+    assert (6).to_bytes(16, "big") not in dict(search(index, vectors[5]))
+    assert search(index, vectors[4])[0][1] < 0.99
+    index.close()
