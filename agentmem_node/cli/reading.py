@@ -11,7 +11,7 @@ from rich.table import Table
 import agentmem_client as client
 from agentmem_node.cli.connect import connection_options, open_client, scope_of, scope_options
 from agentmem_node.cli.exits import Exit
-from agentmem_node.cli.fields import json_object
+from agentmem_node.cli.fields import F, json_object
 from agentmem_node.cli.output import (
     console,
     day,
@@ -44,6 +44,20 @@ def _legs(text: str | None) -> dict[str, float] | list[str] | None:
     return weights
 
 
+def _read_options(command: F) -> F:
+    """How fresh an answer must be."""
+    for option in (
+        click.option("--token", help="Of an earlier answer, with --consistency session."),
+        click.option("--consistency", type=_CONSISTENCY),
+    ):
+        command = option(command)
+    return command
+
+
+def _given(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: fields[name] for name in names if fields[name] is not None}
+
+
 @click.command(short_help="Find memories by meaning, words, phrases and typos.")
 @click.argument("query")
 @scope_options
@@ -57,8 +71,7 @@ def _legs(text: str | None) -> dict[str, float] | list[str] | None:
 )
 @click.option("--threshold", type=click.FloatRange(0, 1), help="Lowest score.")
 @click.option("--fusion", type=click.Choice(["weighted", "rrf"]))
-@click.option("--consistency", type=_CONSISTENCY)
-@click.option("--token", help="Of an earlier answer, with --consistency session.")
+@_read_options
 @click.option("--explain", is_flag=True, help="Show each engine's rank and score.")
 @connection_options
 def search(
@@ -80,11 +93,7 @@ def search(
     agentmem search tea --user ana --filter '{"created_at": {"gte": "2026-01-01"}}'
     agentmem search "oolong" --explain --legs bm25,vector
     """
-    options: dict[str, Any] = {
-        name: fields[name]
-        for name in ("threshold", "fusion", "consistency", "token")
-        if fields[name] is not None
-    }
+    options = _given(fields, "threshold", "fusion", "consistency", "token")
     legs = _legs(legs_text)
     with open_client(url, api_key, timeout_s) as memory:
         found = memory.search(
@@ -129,14 +138,13 @@ def _explained(found: client.SearchResult) -> Table:
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--all", "wants_all", is_flag=True, help="Every one, whatever --limit says.")
 @click.option("--jsonl", is_flag=True, help="JSON Lines, one memory each; `add --file` reads them.")
-@click.option("--consistency", type=_CONSISTENCY)
+@_read_options
 @connection_options
 def list_command(
     filter_text: str | None,
     limit: int,
     wants_all: bool,
     jsonl: bool,
-    consistency: str | None,
     url: str,
     api_key: str | None,
     timeout_s: float | None,
@@ -150,9 +158,11 @@ def list_command(
     agentmem list --user ana --all --jsonl > ana.jsonl
     agentmem list --filter '{"categories": {"contains": "diary"}}' --limit 100
     """
-    options: dict[str, Any] = {"filters": json_object(filter_text, "--filter"), **scope_of(fields)}
-    if consistency is not None:
-        options["consistency"] = consistency
+    options: dict[str, Any] = {
+        "filters": json_object(filter_text, "--filter"),
+        **scope_of(fields),
+        **_given(fields, "consistency", "token"),
+    }
     options["limit"] = 500 if wants_all else min(limit, 500)
     with open_client(url, api_key, timeout_s) as memory:
         every = memory.list(**options)
@@ -177,24 +187,23 @@ def list_command(
 
 @click.command(short_help="Show one memory.")
 @click.argument("memory_id", metavar="ID")
-@click.option("--consistency", type=_CONSISTENCY)
+@_read_options
 @connection_options
 def get(
     memory_id: str,
-    consistency: str | None,
     url: str,
     api_key: str | None,
     timeout_s: float | None,
     as_json: bool,
+    **fields: Any,
 ) -> int:
     """Show every field of one memory.
 
     \b
     agentmem get 0196e4a1-7c00-8a3f-9b1c-d2e3f4a5b6c7
     """
-    options: Any = {} if consistency is None else {"consistency": consistency}
     with open_client(url, api_key, timeout_s) as memory:
-        found = memory.get(memory_id, **options)
+        found = memory.get(memory_id, **_given(fields, "consistency", "token"))
     if wants_json(as_json):
         print_json(found)
     else:
