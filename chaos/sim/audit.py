@@ -20,13 +20,13 @@ from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft.api import GroupSpec
 from agentmem_cluster.raft.frames import Kind
 
-COMMITTED_EVERY_S = 3.0
-VOTES_ALL = 30  # audited of a world's first votes, and of all later ones a part
-VOTES_SAMPLE = 0.2
-APPENDED_SAMPLE = 0.003
+COMMITTED_EVERY_S = 5.0
+VOTES_ALL = 10  # audited of a world's first votes, and of all later ones a part
+VOTES_SAMPLE = 0.1
+APPENDED_SAMPLE = 0.001
 # After a log shrank all is audited for a while: a flush that was under way then must not make
 # the entries durable that replaced those it wrote.
-APPENDED_AFTER_TRUNCATION = 10
+APPENDED_AFTER_TRUNCATION = 4
 
 
 class Machine(Protocol):

@@ -190,7 +190,7 @@ class SimNode:
 
     def _turn(self) -> None:
         self._turn_planned = False
-        ready = self._run(lambda core: core.tick())
+        ready = self._run(_tick)
         if ready is not None:
             self._flush(ready)
         self._drain()
@@ -241,10 +241,14 @@ class SimNode:
 
     def _drain(self) -> None:
         """Send what may leave, and start the checkpoints that are due."""
-        for peer, frames in self._run(lambda core: core.take_outbox()) or ():
+        taken = self._run(_take)
+        if taken is None:
+            return
+        outbox, checkpoints = taken
+        for peer, frames in outbox:
             self._auditor().speaks(self, peer, frames)
             self._net.send(self.name, peer, frames)
-        for checkpoint in self._run(lambda core: core.take_checkpoints()) or ():
+        for checkpoint in checkpoints:
             delay_s = self._sync_s() * self._chance.uniform(0.1, 3.0)
             boot = self.boot_number
             self._schedule.after(delay_s, lambda b=boot, c=checkpoint: self._checkpoint(b, c))  # type: ignore[misc]
@@ -398,3 +402,19 @@ class SimNode:
     def transfer(self, group: str) -> None:
         self._run(lambda core: core.transfer(group))
         self._plan_turn()
+
+
+def _take(core: NodeCore) -> tuple[list[tuple[str, list[Any]]], list[CheckpointJob]]:
+    return core.take_outbox(), core.take_checkpoints()
+
+
+def _tick(core: NodeCore) -> Ready | None:
+    return core.tick()
+
+
+def _tick(core: NodeCore) -> Ready | None:
+    return core.tick()
+
+
+def _take(core: NodeCore) -> tuple[list[tuple[str, list[Any]]], list[CheckpointJob]]:
+    return core.take_outbox(), core.take_checkpoints()

@@ -15,7 +15,7 @@ JOBS = 2
 CPU_S_MAX = JOBS * 180.0
 
 
-@pytest.mark.timeout(290)
+@pytest.mark.timeout(600)
 def test_two_hundred_worlds_with_faults_violate_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
