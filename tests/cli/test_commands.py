@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+import agentmem_client as client
 from agentmem_node.cli.exits import Exit
 
 
@@ -229,3 +230,39 @@ def test_letters_that_the_terminal_has_not_are_no_obstacle(fake: Any, encoding: 
         if arguments == ["list", "--json"]:
             found = json.loads(done.stdout.decode(encoding))["results"]
             assert [(m["id"], m["content"]) for m in found] == [(item["id"], text)]
+
+
+def test_ctrl_c_in_a_file_says_how_to_go_on_without_storing_twice(
+    agentmem: Any, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("".join(f"line {number}\n" for number in range(450)))
+    really, stored = client.Client.add_many, 0
+
+    def interrupted(self: Any, items: Any, **options: Any) -> Any:
+        progress = options.pop("progress")
+
+        def stop(done: int, part: Any) -> None:
+            nonlocal stored
+            stored = done
+            progress(done, part)
+            raise KeyboardInterrupt
+
+        return really(self, items, progress=stop, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client.Client, "add_many", interrupted)
+        stopped = agentmem("add", "--file", str(lines), "--user", "ana")
+    assert stopped.code == Exit.INTERRUPTED
+    assert f"Stopped after {stored} memories" in stopped.err
+    key = stopped.err.split()[-1]
+    again = agentmem("add", "--file", str(lines), "--user", "ana", "--idempotency-key", key)
+    assert again.code == Exit.OK
+    assert len(fake.memories) == 450
+
+
+def test_nothing_to_delete_is_said_as_json_too(
+    agentmem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert agentmem("delete", "-").json == {"results": []}
