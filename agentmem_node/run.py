@@ -18,7 +18,7 @@ from agentmem_node.config import Config, ConfigError, check_startup, split_addre
 from agentmem_node.observe.logs import set_up_logging
 from agentmem_node.observe.metrics import Metrics
 from agentmem_node.service.datadir import DataDirError
-from agentmem_node.service.membership import WrongModel
+from agentmem_node.service.membership import WrongCluster, WrongModel
 from agentmem_node.service.node import Node
 
 log = logging.getLogger("agentmem.run")
@@ -51,7 +51,7 @@ def serve(config: Config, *, announce: Callable[[str], None]) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_serve(config, announce))
-        except (DataDirError, ConfigError, WrongModel) as error:
+        except (DataDirError, ConfigError, WrongCluster, WrongModel) as error:
             announce(f"error: {error}")
             return EXIT_CONFIG
         except LogBehind as error:

@@ -48,6 +48,10 @@ _TRANSFER_LAG_MAX = 64
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, AgentMemError)
 
 
+class WrongCluster(Exception):
+    """The other nodes were founded anew without this node's data: it must not join them."""
+
+
 class WrongModel(Exception):
     """This node embeds with another model than the cluster: it must not start."""
 
@@ -265,6 +269,13 @@ class Membership:
                 f"This cluster embeds with {view.model}; this node has {model}. Vectors of two "
                 "models cannot be compared. Configure the cluster's model under [embedding], or "
                 "start a new cluster in an empty data directory."
+            )
+        if self.view is not None and view.cluster_id != self.view.cluster_id:
+            # Groups of two clusters have the same names and epochs: their logs must never meet.
+            raise WrongCluster(
+                f"This data directory belongs to cluster {self.view.cluster_id}; the nodes in "
+                f"[cluster.nodes] are cluster {view.cluster_id}, founded anew. Give this node an "
+                "empty data directory, or start all nodes on their old data."
             )
         self.view = view
         self._routing.map = view.map

@@ -19,7 +19,12 @@ from agentmem_cluster.realtime import RealClock, RealDisk, RealRng
 from agentmem_cluster.shardmap import ShardMap
 from agentmem_node.config import Config, ConfigError
 from agentmem_node.providers.base import ModelIdentity
-from agentmem_node.service.membership import Membership, View, WrongModel
+from agentmem_node.service.membership import (
+    Membership,
+    View,
+    WrongCluster,
+    WrongModel,
+)
 from agentmem_node.service.routing import Routing
 
 MODEL = ModelIdentity("none", 0, "")
@@ -134,3 +139,19 @@ def test_what_ends_the_following_of_the_cluster_later_stops_the_node(tmp_path: P
     member = follower(tmp_path, lambda: answers.pop() if answers else other.to_wire(), fatal)
     follow(member, lambda: bool(fatal))
     assert isinstance(fatal[0], WrongModel)
+
+
+def test_a_node_with_old_data_does_not_join_a_cluster_that_was_founded_anew(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "cluster-view.msgpack"
+    follow(follower(tmp_path, VIEW.to_wire, []), file.exists)
+    founded_anew = replace(VIEW, cluster_id="c2")
+    fatal: list[BaseException] = []
+    member = follower(tmp_path, founded_anew.to_wire, fatal)
+    try:
+        follow(member, lambda: bool(fatal))
+    except WrongCluster as error:  # met before the node was ready
+        fatal.append(error)
+    assert isinstance(fatal[0], WrongCluster)
+    assert member.view == VIEW
