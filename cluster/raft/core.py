@@ -232,11 +232,12 @@ class NodeCore:
                     continue
                 if group.tick(now_s):
                     self._active[group_id] = None
-                job = group.checkpoint(now_s)
-                if job is not None:
-                    self._checkpoints.begin(group_id, job)
+                self._checkpoints.due(group_id, group.checkpoint_due_s())
                 self._wakeups[group_id] = group.next_wakeup()
             self._checkpoints.tick(now_s)
+            turn = self._checkpoints.turn(now_s)
+            if turn is not None:
+                self._checkpoints.begin(turn, self._groups[turn].checkpoint(now_s))
             job = self._begin_flush(now_s)
         except Exception as error:
             self._fail(error)

@@ -288,7 +288,7 @@ class Group:
         return bool(self._applier.applied_index < last)
 
     def next_wakeup(self) -> float:
-        soonest = min(self.reads.next_wakeup(), self._applier.checkpoint_due_s())
+        soonest = self.reads.next_wakeup()
         if self._applier.stalled is not None:
             soonest = min(soonest, self._applier.retry_s())
         if self._leading is None:
@@ -298,6 +298,9 @@ class Group:
         return min(soonest, self._beat_s, self._notice_s)
 
     # -- checkpoints and compaction --
+
+    def checkpoint_due_s(self) -> float:
+        return self._applier.checkpoint_due_s()
 
     def checkpoint(self, now_s: float) -> Any:
         """A job that makes the state machine durable, when one is due."""

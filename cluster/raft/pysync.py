@@ -1,8 +1,8 @@
 """pysyncobj 0.3.17, wrapped: the only file that knows its insides.
 
 What is used of it: terms, votes and roles, log matching on followers, the commit rule on leaders,
-hand-over of leadership. What is not, because it loses data (D1 to D16 of the findings, each
-with a test in `tests/raft`): its journal, dumps, queue, batching, transport, pickle and membership
+hand-over of leadership. What is not, because it loses data (D1 to D16 of the findings, each with
+a test in `tests/defects`): its journal, dumps, queue, batching, transport, pickle and membership
 changes. They are replaced by overriding its private methods, whose names Python mangles: all of
 them are listed below and verified at import, against the one version they were read in.
 """
