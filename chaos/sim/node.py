@@ -14,18 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 from agentmem_chaos.sim.audit import Auditor
-from agentmem_chaos.sim.clients import Seen
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
-from agentmem_chaos.sim.machine import Command, Effect, MachineStore, RegisterMachine
+from agentmem_chaos.sim.machine import Effect, MachineStore, RegisterMachine
 from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.parts import Parts, settings
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
 from agentmem_chaos.sim.story import Story
-from agentmem_cluster.errors import AgentMemError, Unavailable
 from agentmem_cluster.journal.journal import Journal
-from agentmem_cluster.raft.api import Applied, Entry, GroupSpec
+from agentmem_cluster.raft.api import Entry, GroupSpec
 from agentmem_cluster.raft.core import CheckpointJob, NodeCore, Ready
 from agentmem_cluster.raft.frames import BOOT_BYTES
 
@@ -110,7 +108,7 @@ class SimNode:
         applied = {group: machine.applied_index for group, machine in self.machines.items()}
         self.tell(f"started (boot {self.boot_number}), applied {applied}")
         self._net.join(self.name)
-        self._plan_turn()
+        self.plan_turn()
 
     def _found(self, core: NodeCore, spec: GroupSpec) -> None:
         def observe(entry: Entry, effect: Effect, digest: bytes) -> None:
@@ -173,9 +171,10 @@ class SimNode:
     def _later(self, delay_s: float, action: Callable[[], None]) -> None:
         """Run `action` in this process: never after its death, and only once it is not paused."""
         boot = self.boot_number
-        self._schedule.after(delay_s, lambda: self._in_process(boot, action))
+        self._schedule.after(delay_s, lambda: self.in_process(boot, action))
 
-    def _in_process(self, boot: int, action: Callable[[], None]) -> None:
+    def in_process(self, boot: int, action: Callable[[], None]) -> None:
+        """Now, or when the pause ends; never in a later life than `boot`."""
         if not self.alive or boot != self.boot_number:
             return
         if self.paused:
@@ -183,14 +182,14 @@ class SimNode:
         else:
             action()
 
-    def _plan_turn(self) -> None:
+    def plan_turn(self) -> None:
         if self.alive and not self._turn_planned:
             self._turn_planned = True
             self._later(self._chance.uniform(*self.plan.loop_s), self._turn)
 
     def _turn(self) -> None:
         self._turn_planned = False
-        ready = self._run(_tick)
+        ready = self.run(_tick)
         if ready is not None:
             self._flush(ready)
         self._drain()
@@ -233,15 +232,15 @@ class SimNode:
     def _synced(self, ready: Ready, failure: OSError | None) -> None:
         self._flushing = False
         if failure is None:
-            self._run(lambda core: core.synced(ready))
+            self.run(lambda core: core.synced(ready))
         else:
-            self._run(lambda core: core.sync_failed(ready, failure))
+            self.run(lambda core: core.sync_failed(ready, failure))
         self._drain()
-        self._plan_turn()
+        self.plan_turn()
 
     def _drain(self) -> None:
         """Send what may leave, and start the checkpoints that are due."""
-        taken = self._run(_take)
+        taken = self.run(_take)
         if taken is None:
             return
         outbox, checkpoints = taken
@@ -269,10 +268,10 @@ class SimNode:
 
     def _checkpointed(self, checkpoint: CheckpointJob, failure: OSError | None) -> None:
         if failure is None:
-            self._run(lambda core: core.checkpointed(checkpoint))
+            self.run(lambda core: core.checkpointed(checkpoint))
         else:
-            self._run(lambda core: core.checkpoint_failed(checkpoint, failure))
-        self._plan_turn()
+            self.run(lambda core: core.checkpoint_failed(checkpoint, failure))
+        self.plan_turn()
 
     def _set_timer(self) -> None:
         """Wake when the core wants to be. A timer that rings too early just sets the next one."""
@@ -289,9 +288,9 @@ class SimNode:
     def _ring(self, at_s: float) -> None:
         if at_s == self._timer_s:
             self._timer_s = math.inf
-            self._plan_turn()
+            self.plan_turn()
 
-    def _run(self, step: Callable[[NodeCore], Any]) -> Any:
+    def run(self, step: Callable[[NodeCore], Any]) -> Any:
         """Run a step of the core; an exception that escapes it is a violation by itself."""
         if self.core is None:
             return None
@@ -330,86 +329,28 @@ class SimNode:
 
     def arrive(self, peer: str, frames: list[Any]) -> None:
         def receive() -> None:
-            self._run(lambda core: core.receive(peer, frames))
-            self._plan_turn()
+            self.run(lambda core: core.receive(peer, frames))
+            self.plan_turn()
 
-        self._in_process(self.boot_number, receive)
+        self.in_process(self.boot_number, receive)
 
     def connected(self, peer: str, session: int) -> None:
         def up() -> None:
-            self._run(lambda core: core.peer_up(peer, session))
-            self._plan_turn()
+            self.run(lambda core: core.peer_up(peer, session))
+            self.plan_turn()
 
-        self._in_process(self.boot_number, up)
+        self.in_process(self.boot_number, up)
 
     def disconnected(self, peer: str) -> None:
         def down() -> None:
-            self._run(lambda core: core.peer_down(peer))
-            self._plan_turn()
+            self.run(lambda core: core.peer_down(peer))
+            self.plan_turn()
 
-        self._in_process(self.boot_number, down)
-
-    # -- what clients call --
-
-    def propose(
-        self, group: str, command: Command, answer: Callable[[Applied | AgentMemError, bool], None]
-    ) -> None:
-        if not self.alive:
-            answer(Unavailable("connection refused"), True)
-            return
-
-        def run() -> None:
-            at_once = True
-
-            def done(outcome: Applied | AgentMemError) -> None:
-                if isinstance(outcome, Applied):
-                    self._judge.acknowledged_write(self.name, group, command, outcome)
-                    self._auditor().committed(self.groups[group], outcome.index, outcome.term)
-                answer(outcome, at_once)
-
-            self._run(lambda core: core.propose(group, command.encode(), done))
-            at_once = False
-            self._plan_turn()
-
-        self._in_process(self.boot_number, run)
-
-    def read(self, group: str, key: str, answer: Callable[[Seen | AgentMemError], None]) -> None:
-        if not self.alive:
-            answer(Unavailable("connection refused"))
-            return
-
-        def run() -> None:
-            machine = self.machines[group]
-            if not self._parts.confirms_reads:
-                answer(Seen(machine.read(key), machine.applied_index))
-                return
-
-            def done(outcome: int | AgentMemError) -> None:
-                if isinstance(outcome, AgentMemError):
-                    answer(outcome)
-                    return
-                if machine.applied_index < outcome:
-                    self._judge.accuse(
-                        "reads wait", f"{self.name} {group}: {machine.applied_index} < {outcome}"
-                    )
-                answer(Seen(machine.read(key), machine.applied_index))
-
-            self._run(lambda core: core.read_index(group, done))
-            self._plan_turn()
-
-        self._in_process(self.boot_number, run)
+        self.in_process(self.boot_number, down)
 
     def transfer(self, group: str) -> None:
-        self._run(lambda core: core.transfer(group))
-        self._plan_turn()
-
-
-def _take(core: NodeCore) -> tuple[list[tuple[str, list[Any]]], list[CheckpointJob]]:
-    return core.take_outbox(), core.take_checkpoints()
-
-
-def _tick(core: NodeCore) -> Ready | None:
-    return core.tick()
+        self.run(lambda core: core.transfer(group))
+        self.plan_turn()
 
 
 def _tick(core: NodeCore) -> Ready | None:

@@ -13,6 +13,7 @@ from agentmem_chaos.sim.parts import Parts, open_journal
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.result import WorldResult
 from agentmem_chaos.sim.schedule import Schedule, stream
+from agentmem_chaos.sim.serving import Serving
 from agentmem_chaos.sim.story import Story
 from agentmem_cluster.raft.api import GroupSpec, Role
 
@@ -25,6 +26,7 @@ FINAL_READS_S = 5.0
 class World:
     def __init__(self, plan: WorldPlan, *, parts: Parts | None = None, story: bool = False) -> None:
         self.plan = plan
+        self.parts = parts or Parts()
         self.schedule = Schedule()
         self.story = Story(keep=story)
         self.judge = Judge(self.story, self.schedule)
@@ -40,7 +42,7 @@ class World:
             self.nodes[name] = SimNode(
                 name,
                 plan,
-                parts or Parts(),
+                self.parts,
                 self.schedule,
                 self.net,
                 self.judge,
@@ -57,6 +59,10 @@ class World:
             stream(plan.seed, "audit"),
             lambda: self.schedule.now_s,
         )
+        self.servers = {
+            name: Serving(node, self.judge, self.auditor, confirms_reads=self.parts.confirms_reads)
+            for name, node in self.nodes.items()
+        }
         self.nemesis = Nemesis(plan, self.nodes, self.net, self.schedule, self.story)
         self.calls: list[Call] = []
         self.clients = [self._client(number) for number in range(plan.clients)]
@@ -65,7 +71,7 @@ class World:
     def _client(self, number: int) -> SimClient:
         return SimClient(
             number,
-            dict(self.nodes),
+            self.servers,
             self.plan,
             self.schedule,
             stream(self.plan.seed, f"client/{number}"),
@@ -188,7 +194,7 @@ class World:
 
         while missing and self.schedule.now_s < until_s:
             for group_id, name in sorted(missing):
-                self.nodes[name].read(
+                self.servers[name].read(
                     group_id,
                     "k0",
                     lambda outcome, where=(group_id, name): answer(where, outcome),  # type: ignore[misc]

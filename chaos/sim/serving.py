@@ -1,0 +1,76 @@
+"""What a client sees of a node: proposals and reads, over the real core's own interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from agentmem_chaos.sim.audit import Auditor
+from agentmem_chaos.sim.clients import Seen
+from agentmem_chaos.sim.judge import Judge
+from agentmem_chaos.sim.machine import Command
+from agentmem_chaos.sim.node import SimNode
+from agentmem_cluster.errors import AgentMemError, Unavailable
+from agentmem_cluster.raft.api import Applied
+
+
+class Serving:
+    """Implements `clients.Server` for one node."""
+
+    def __init__(
+        self, node: SimNode, judge: Judge, auditor: Auditor, *, confirms_reads: bool
+    ) -> None:
+        self.name = node.name
+        self._node = node
+        self._judge = judge
+        self._auditor = auditor
+        self._confirms_reads = confirms_reads
+
+    def propose(
+        self, group: str, command: Command, answer: Callable[[Applied | AgentMemError, bool], None]
+    ) -> None:
+        node = self._node
+        if not node.alive:
+            answer(Unavailable("connection refused"), True)
+            return
+
+        def run() -> None:
+            at_once = True
+
+            def done(outcome: Applied | AgentMemError) -> None:
+                if isinstance(outcome, Applied):
+                    self._judge.acknowledged_write(self.name, group, command, outcome)
+                    self._auditor.committed(node.groups[group], outcome.index, outcome.term)
+                answer(outcome, at_once)
+
+            node.run(lambda core: core.propose(group, command.encode(), done))
+            at_once = False
+            node.plan_turn()
+
+        node.in_process(node.boot_number, run)
+
+    def read(self, group: str, key: str, answer: Callable[[Seen | AgentMemError], None]) -> None:
+        node = self._node
+        if not node.alive:
+            answer(Unavailable("connection refused"))
+            return
+
+        def run() -> None:
+            machine = node.machines[group]
+            if not self._confirms_reads:
+                answer(Seen(machine.read(key), machine.applied_index))
+                return
+
+            def done(outcome: int | AgentMemError) -> None:
+                if isinstance(outcome, AgentMemError):
+                    answer(outcome)
+                    return
+                if machine.applied_index < outcome:
+                    self._judge.accuse(
+                        "reads wait", f"{self.name} {group}: {machine.applied_index} < {outcome}"
+                    )
+                answer(Seen(machine.read(key), machine.applied_index))
+
+            node.run(lambda core: core.read_index(group, done))
+            node.plan_turn()
+
+        node.in_process(node.boot_number, run)
