@@ -122,13 +122,15 @@ class Postings:
         size = len(keys)
         if len(self._keys):
             at = self._keys.searchsorted(keys)
-            at[at == len(self._keys)] = 0
-            known = self._keys[at] == keys
-            begins = self._starts[at]
-            sizes = (self._starts[at + 1] - begins) * known
+            # A key beyond the last is compared with the last, and differs.
+            known = self._keys.take(at, mode="clip") == keys
+            begins = self._starts.take(at)
+            sizes = self._starts.take(at + 1, mode="clip")
+            sizes -= begins
+            sizes *= known
             starts, lengths = begins.tolist(), sizes.tolist()
             if self._zeroed is not None:
-                sizes -= self._zeroed[at] * known
+                sizes -= self._zeroed.take(at, mode="clip") * known
             frequencies = sizes.tolist()
         else:
             starts, lengths, frequencies = [0] * size, [0] * size, [0] * size

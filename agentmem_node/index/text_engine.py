@@ -211,8 +211,9 @@ class TextEngine:
                         self._committed += len(writes)
             # Merges under way end before the folder may be deleted.
             writer.wait_merging_threads()
-        except (ValueError, OSError) as error:
-            # A full disk, most likely. Searches go on: everything since is in the tail.
+        except BaseException as error:
+            # A full disk, most likely; a panic in tantivy is a BaseException. Searches go on:
+            # everything since is in the tail.
             self._failure = str(error)
             _log.warning(
                 "The index for phrases and misspelt words stopped: %s. These searches get slower "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 import time
@@ -197,3 +198,27 @@ def test_an_engine_starts_empty_whatever_its_folder_holds(tmp_path: Path) -> Non
     settle(engine)
     assert engine.with_phrases(space, [["honey"]]) == [7]
     engine.close()
+
+
+def test_when_the_engine_fails_everything_is_still_found(
+    source: Any, engine: TextEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no space left on device")
+
+    for number in range(300):
+        source.add(number, "honey letter", None, user_id="ana")
+    index = ShardIndex(source, text_engine=engine)
+    asked = query("honey", ("phrase", 1.0))
+    for _ in index.build_steps(asked):
+        pass
+    monkeypatch.setattr(engine, "_perform", fail)
+    for number in range(300, 600):
+        index.apply([source.add(number, "honey letter", None, user_id="ana")])
+    deadline = time.monotonic() + 10
+    for _ in index.build_steps(asked):
+        assert time.monotonic() < deadline
+    index.apply([source.delete(1)])
+    wide = dataclasses.replace(asked, top_k=1_000)
+    assert len(index.search_local(wide).hits) == 599
+    assert index.search_local(wide) == ShardIndex(source).search_local(wide)
