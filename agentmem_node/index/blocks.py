@@ -8,6 +8,7 @@ a memory twice, or removing one that is not there, makes no difference.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -18,6 +19,8 @@ from agentmem_node.index.analysis import analyzer
 from agentmem_node.index.block import Block
 from agentmem_node.index.defaults import RankingDefaults
 from agentmem_node.index.source import Change, IndexDoc, Removed, Source
+
+_log = logging.getLogger(__name__)
 
 BlockKey = tuple[str, str | None, str]
 """tenant, owner (None: the whole tenant), language."""
@@ -136,11 +139,7 @@ class Blocks:
             # A block that grows may push another out.
             for key in tuple(self._keys_of.get(scope, ())):
                 if key in self._ready:
-                    block = self._ready[key]
-                    size = block.columns.capacity
-                    apply_changes(block, mine)
-                    if block.columns.capacity != size:
-                        self._budget.put(block, partial(self._forget, key))
+                    self._apply(key, mine)
                 elif key in self._noted:
                     self._note(key, mine)
 
@@ -171,6 +170,21 @@ class Blocks:
             del self._noted[key], self._builds[key]
             if key not in self._ready:
                 self._unlist(key)
+
+    def _apply(self, key: BlockKey, changes: Sequence[Change]) -> None:
+        block = self._ready[key]
+        size = block.columns.capacity
+        try:
+            apply_changes(block, changes)
+        except Exception:
+            # The store has the change. A block that could not take it in must not stop the shard,
+            # nor answer with half of it: the next search builds it afresh.
+            _log.exception("The search block %s is built afresh: it could not take a change.", key)
+            self._budget.drop(block)
+            self._forget(key)
+            return
+        if block.columns.capacity != size:
+            self._budget.put(block, partial(self._forget, key))
 
     def _note(self, key: BlockKey, changes: Sequence[Change]) -> None:
         noted = self._noted[key]

@@ -448,3 +448,17 @@ def test_equal_scores_are_ordered_by_id_across_shards() -> None:
         query = dataclasses.replace(query, after=answer.next_after)
     assert found == list(range(1, 60))
     assert answer.next_after is None
+
+
+def test_a_block_that_fails_to_take_a_change_is_built_afresh(
+    source: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source.add(1, "tea", None, user_id="ana")
+    index = ShardIndex(source)
+    query = SearchQuery("acme", Scope(user_id="ana"), 5, kit.NOW_MS, text="tea")
+    assert len(index.search_local(query).hits) == 1
+    with monkeypatch.context() as broken:
+        broken.setattr("agentmem_node.index.block.Block.put", lambda *_: 1 / 0)
+        index.apply([source.add(2, "tea", None, user_id="ana")])
+    assert "built afresh" in caplog.text
+    assert len(index.search_local(query).hits) == 2
