@@ -100,12 +100,11 @@ def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults)
     before, after = block.links.before, block.links.after
     row = matches.row
     left, right = before.take(row), after.take(row)
-    rows = np.concatenate([row, right, after.take(right), left, before.take(left)])
-    base = matches.term * n
-    cells = rows + np.concatenate([base] * 5)
-    count = matches.occurrences
-    weights = (*defaults.context_earlier, *defaults.context_later)
-    lent = np.concatenate([count, *(count * weight for weight in weights)])
+    cells: Ints = np.concatenate([row, right, after.take(right), left, before.take(left)])
+    by_distance = cells.reshape(5, -1)
+    by_distance += matches.term * n
+    weights = np.array([1.0, *defaults.context_earlier, *defaults.context_later])
+    lent = np.multiply.outer(weights, matches.occurrences).ravel()
     sums: Floats
     if terms * n <= 16 * len(cells) + 65_536:
         sums = _sums(cells, lent, terms * n)
@@ -119,8 +118,8 @@ def _lend(block: Block, matches: Matches, terms: int, defaults: RankingDefaults)
     ends = held.searchsorted(np.arange(1, terms + 1) * n)
     term = np.arange(terms).repeat(np.diff(ends, prepend=0))
     held -= term * n
-    real = held > 0
-    return Matches(term[real], held[real], sums[real])
+    # What was lent to "no memory" is in row 0, which nobody ranks.
+    return Matches(term, held, sums)
 
 
 def vector_scores(block: Block, cosines: Floats, *, with_text: bool) -> Floats:

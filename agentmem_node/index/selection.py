@@ -238,9 +238,9 @@ def _any_member(scored: Scored) -> Bools | None:
 def _exclude(scores: Floats, scored: Scored, members: Bools | None) -> None:
     """Put what may not be ranked below every score."""
     if scored.mask is not None:
-        scores[~scored.mask] = -1.0
+        np.copyto(scores, -1.0, where=~scored.mask)
     if members is not None:
-        scores[~members] = -1.0
+        np.copyto(scores, -1.0, where=~members)
     scores[0] = -1.0
 
 
