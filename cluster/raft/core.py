@@ -204,7 +204,7 @@ class NodeCore:
     def read_now(self, group_id: str) -> int | None:
         """The index at once, where one member is the quorum; None: ask `read_index`."""
         group = self._groups.get(group_id)
-        return None if group is None or self.fatal is not None else group.reads.now()
+        return None if group is None or self.fatal is not None else group.reads.at_once()
 
     def transfer(self, group_id: str, to: str | None = None) -> None:
         """Hand leadership over, to the follower with most if none is named. No-op elsewhere."""

@@ -73,7 +73,7 @@ class Reading:
                 ),
             )
 
-    def now(self) -> int | None:
+    def at_once(self) -> int | None:
         """The read index, if this node alone is a quorum that may confirm it at once."""
         member = self._member
         if self._voice.peers or not member.is_leader or member.commit_index < member.noop_index:
