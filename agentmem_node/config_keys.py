@@ -172,7 +172,7 @@ class StorageSection(_Section, frozen=True):
             description="How often a shard's database is synced. In between the journal alone "
             "makes writes durable; longer means more to replay after a crash.",
         ),
-    ] = 2_000
+    ] = 10_000
     journal_segment_bytes: Annotated[
         int,
         Meta(

@@ -28,7 +28,7 @@ STAGES: list[tuple[str, int, list[str]]] = [
         ],
     ),
     ("defects", 240, ["tests/defects"]),
-    ("simulator", 300, ["tests/sim"]),
+    ("simulator", 600, ["tests/sim"]),
     ("model", 240, ["tests", "-m", "model and not process"]),
     ("processes", 540, ["tests", "-m", "process"]),
 ]

@@ -26,7 +26,11 @@ Metadata = Annotated[
 ]
 Categories = Annotated[list[str], Meta(description="Labels, for `filters`.")]
 Expiry = Annotated[
-    str, Meta(description="From this time on (RFC 3339) nothing finds the memory any more.")
+    str,
+    Meta(
+        description="From this time on (RFC 3339) nothing finds the memory any more; "
+        "a time that has passed hides it at once."
+    ),
 ]
 Vector = Annotated[
     list[float],

@@ -26,7 +26,8 @@ class ModelIdentity:
     model_hash: str  # hex; two sources of the same weights give the same hash
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.dim} dimensions, {self.model_hash[:12]})"
+        details = [f"{self.dim} dimensions", self.model_hash[:12]]
+        return f"{self.name} ({', '.join(filter(None, details))})"
 
 
 class EmbeddingProvider(Protocol):

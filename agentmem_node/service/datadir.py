@@ -43,8 +43,9 @@ class DataDir:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock_fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            why = "it is a file" if path.is_file() else error.strerror
             raise DataDirError(
-                f"Cannot use the data directory {path}: {error.strerror}. Choose another with "
+                f"Cannot use the data directory {path}: {why}. Choose another with "
                 "--data, or give this user the right to write there."
             ) from error
         try:

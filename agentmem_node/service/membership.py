@@ -101,6 +101,7 @@ class Membership:
         routing: Routing,
         own: NodeInfo,
         on_view: Callable[[View], Awaitable[None]],
+        may_found: asyncio.Event,
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._config = config
@@ -112,6 +113,8 @@ class Membership:
         self._routing = routing
         self._own = own
         self._on_view = on_view
+        # A cluster records its model for ever: nobody founds one before the model was loaded.
+        self._may_found = may_found
         self._on_fatal = on_fatal
         self._node_id = config.node.id
         self._all = sorted(config.cluster.nodes) or [self._node_id]
@@ -139,6 +142,7 @@ class Membership:
         if self._link is not None:
             self._link.register("meta.view", self._on_view_asked)
             self._link.register("meta.put_node", self._on_put_node)
+            self._link.register("shard.leaders", self._on_leaders_asked)
         self._tasks = [
             asyncio.create_task(self._follow(model), name="membership"),
             asyncio.create_task(self._balance(), name="leader-balance"),
@@ -194,6 +198,7 @@ class Membership:
                 if not registered or view.nodes.get(self._node_id) != self._own:
                     registered = await self._register()
             settled = view is not None and registered
+            await self._learn_leaders()
             try:
                 await asyncio.wait_for(
                     self._changed.wait(), _SETTLED_POLL_S if settled else _POLL_S
@@ -214,7 +219,7 @@ class Membership:
             return await self._ask_voters()
         state = self._machine.state
         if state.settings is None or state.map is None:
-            if self._meta is not None and self._meta.is_leader:
+            if self._meta is not None and self._meta.is_leader and self._may_found.is_set():
                 await self._found(model)
             return None
         settings = state.settings
@@ -259,6 +264,33 @@ class Membership:
             except _UNREADABLE as error:
                 log.debug("no view of the cluster from %s: %r", voter, error)
         return None
+
+    async def _learn_leaders(self) -> None:
+        """Who leads the shards that have no replica here: one call to a member tells several."""
+        if self.view is None or self._link is None:
+            return
+        unknown = {s: i for s, i in self.view.map.shards.items() if s not in self._routing.local}
+        while unknown:
+            member = next(
+                (
+                    member
+                    for info in unknown.values()
+                    for member in info.members
+                    if self._routing.is_connected(member)
+                ),
+                None,
+            )
+            if member is None:
+                return
+            unknown = {s: i for s, i in unknown.items() if member not in i.members}
+            try:
+                leaders = await self._link.call(member, "shard.leaders", {}, timeout=_CALL_S)
+                self._routing.learn_leaders(leaders)
+            except AgentMemError:
+                continue  # the next round asks again
+
+    async def _on_leaders_asked(self, _peer: str, _body: dict[str, Any]) -> dict[str, str | None]:
+        return {shard: local.group.leader for shard, local in self._routing.local.items()}
 
     async def _on_view_asked(self, _peer: str, _body: dict[str, Any]) -> dict[str, Any] | None:
         return None if self.view is None else self.view.to_wire()

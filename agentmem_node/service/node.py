@@ -85,6 +85,7 @@ class Node:
         # All shards of the node share them: memory for blocks, and the thread that builds graphs.
         self._blocks = BlockBudget(config.search.index_bytes_max)
         self._graphs = GraphBuilder()
+        self._may_found = asyncio.Event()
 
     # -- start ----------------------------------------------------------------------------
 
@@ -92,6 +93,7 @@ class Node:
         """Ready to serve on return. Raises DataDirError, ConfigError, WrongModel, AgentMemError."""
         config = self.config
         loading = asyncio.create_task(self._open_provider(), name="embedding-model")
+        loading.add_done_callback(self._model_loaded)
         try:
             await self._start_cluster(config)
             await self._wait_for(loading)
@@ -124,6 +126,10 @@ class Node:
         )
         self._serve_peers()
         await self._wait_until_ready()
+
+    def _model_loaded(self, loading: asyncio.Task[EmbeddingProvider | None]) -> None:
+        if not loading.cancelled() and loading.exception() is None:
+            self._may_found.set()
 
     def _serve_peers(self) -> None:
         if self._link is None:
@@ -196,6 +202,7 @@ class Node:
                 version=Status.VERSION,
             ),
             on_view=self._reconcile,
+            may_found=self._may_found,
             on_fatal=self._fatal,
         )
         self._status = Status(

@@ -89,6 +89,15 @@ class Routing:
             return here.group.leader
         return self._leader_hints.get(shard_id)
 
+    def learn_leaders(self, leaders: Any) -> None:
+        """Shard -> leader, as a member of shards without a replica here says it."""
+        if self.map is None or not isinstance(leaders, dict):
+            return
+        for shard_id, info in self.map.shards.items():
+            leader = leaders.get(shard_id)
+            if leader in info.members and shard_id not in self.local:
+                self._leader_hints[shard_id] = leader
+
     def check_epoch(self, shard_id: str, epoch: int) -> LocalShard:
         """The local replica that a peer's call names. Raises WrongShard when it is not here."""
         here = self.local.get(shard_id)

@@ -68,6 +68,7 @@ def follower(folder: Path, answer: Callable[[], Any], fatal: list[BaseException]
         routing=Routing("n4", link, clock),
         own=NodeInfo("", "", ""),
         on_view=on_view,
+        may_found=asyncio.Event(),
         on_fatal=fatal.append,
     )
 
