@@ -232,6 +232,9 @@ def test_after_a_failure_within_a_batch_the_shard_refuses_to_go_on(tmp_path: Pat
         def apply(self, changes: object) -> None:
             raise MemoryError("no memory")
 
+        def close(self) -> None:
+            pass
+
     shard = Shard.open(tmp_path / "s00", "s00", dim=DIM, index_factory=lambda _: Failing())  # type: ignore[arg-type,return-value]
     with pytest.raises(MemoryError):
         shard.apply(batches(1, 1))

@@ -252,6 +252,9 @@ class Follower:
         for tenant in TENANTS:
             self.docs |= {doc.doc: doc for doc in source.scan(tenant, None)}
 
+    def close(self) -> None:
+        pass
+
     def apply(self, changes: list[Change]) -> None:
         for change in changes:
             if isinstance(change, Removed):

@@ -102,6 +102,9 @@ def test_no_key_is_anonymous_only_where_none_is_needed() -> None:
         authenticator(required=True).authenticate(None, None)
 
 
+ADVICE = "Send `Authorization: Bearer <API key>`, `Authorization: Token <API key>` or `X-API-Key`."
+
+
 @given(st.text(max_size=40), st.booleans())
 def test_no_other_text_is_let_in_nor_shown(text: str, required: bool) -> None:
     asked = authenticator(required=required)
