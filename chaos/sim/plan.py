@@ -140,7 +140,7 @@ class WorldPlan:
 
 def _groups(chance: random.Random, nodes: tuple[str, ...]) -> tuple[GroupSpec, ...]:
     """The first group has every node; others three of them, as shards of a larger cluster do."""
-    groups = [GroupSpec("meta", 1, nodes)]
+    groups = [GroupSpec("meta", 1, nodes, preferred=chance.choice([None, *nodes]))]
     for number in range(chance.choice([0, 0, 1, 2])):
         groups.append(
             GroupSpec(f"s{number:02}", 1, tuple(sorted(chance.sample(nodes, min(3, len(nodes))))))
