@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agentmem_chaos.sim.disk import SimDisk
-from agentmem_chaos.sim.machine import Effect, MachineState, RegisterMachine
+from agentmem_chaos.sim.machine import Effect, MachineState, MachineStore, Observer, RegisterMachine
 from agentmem_chaos.sim.parts import Parts, open_journal
 from agentmem_chaos.sim.plan import Fault, WorldPlan
 from agentmem_chaos.sim.world import World
@@ -31,11 +31,16 @@ def caught(
     faults: dict[Fault, float],
     worlds: int = WORLDS_MAX,
     slowness: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    delay_s: tuple[float, float] = (0.0002, 0.004),
 ) -> set[str]:
     """The rules that the first violated world names. Worlds run until one is."""
     for seed in range(1, worlds + 1):
+        drawn = WorldPlan.draw(seed, nodes=3, seconds=40.0)
         plan = dataclasses.replace(
-            WorldPlan.draw(seed, nodes=3, seconds=40.0),
+            drawn,
+            # Nobody is preferred, and so elections are contested.
+            groups=tuple(dataclasses.replace(group, preferred=None) for group in drawn.groups),
+            net=dataclasses.replace(drawn.net, delay_s=delay_s),
             fault_every_s=faults,
             slowness=slowness,
             sync_s=(0.001, 0.01),
@@ -122,7 +127,7 @@ def test_a_second_vote_in_a_term_is_caught(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(pysync.Member, "receive", forgetting_its_vote)
     # The journal itself refuses to write a second vote, which stops the node.
-    assert caught(Parts(), ELECTIONS, worlds=30) & {
+    assert caught(Parts(), ELECTIONS, worlds=30, delay_s=(0.01, 0.12)) & {
         "election safety",
         "state machine safety",
         "no stop without cause",
@@ -148,7 +153,12 @@ class WithoutLedger(RegisterMachine):
 class Opinionated(RegisterMachine):
     """Its result depends on how often this process has been asked: on where it runs."""
 
-    asked = 0
+    lives = 0
+
+    def __init__(self, store: MachineStore, observe: Observer) -> None:
+        super().__init__(store, observe)
+        Opinionated.lives += 1
+        self.asked = Opinionated.lives
 
     def _apply_one(self, state: MachineState, entry: Entry) -> Effect:
         self.asked += 1
