@@ -60,14 +60,15 @@ def show(title: str, rows: Sequence[Row], console: Console) -> None:
         met = row.met
         table.add_row(
             row.name,
-            f"{_number(row.value)} {row.unit}".rstrip(),
-            "" if row.target is None else f"{sign} {_number(row.target)} {row.unit}".rstrip(),
+            f"{number(row.value)} {row.unit}".rstrip(),
+            "" if row.target is None else f"{sign} {number(row.target)} {row.unit}".rstrip(),
             "" if met is None else "[green]met[/]" if met else "[red]MISSED[/]",
         )
     console.print(table)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three figures that mean something; thousands with commas."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"

@@ -17,6 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.report import number
+
 PARTS = {
     "raft": "benchmarks.raft",
     "storage": "benchmarks.storage",
@@ -69,7 +71,9 @@ def markdown(folder: Path) -> str:
         document: dict[str, Any] = json.loads(path.read_text())
         for row in document["rows"]:
             sign = "<=" if row["lower_is_better"] else ">="
-            target = "" if row["target"] is None else f"{sign} {row['target']:g} {row['unit']}"
+            target = (
+                "" if row["target"] is None else f"{sign} {number(row['target'])} {row['unit']}"
+            )
             met = {None: "", True: "met", False: "**missed**"}[row["met"]]
             lines.append(
                 f"| {row['name']} | {row['value']:,.4g} {row['unit']} | {target} | {met} |"
