@@ -71,13 +71,11 @@ def markdown(folder: Path) -> str:
         document: dict[str, Any] = json.loads(path.read_text())
         for row in document["rows"]:
             sign = "<=" if row["lower_is_better"] else ">="
-            target = (
-                "" if row["target"] is None else f"{sign} {number(row['target'])} {row['unit']}"
-            )
+            wanted = row["target"]
+            target = "" if wanted is None else f"{sign} {number(wanted)} {row['unit']}"
             met = {None: "", True: "met", False: "**missed**"}[row["met"]]
-            lines.append(
-                f"| {row['name']} | {row['value']:,.4g} {row['unit']} | {target} | {met} |"
-            )
+            measured = f"{number(row['value'])} {row['unit']}"
+            lines.append(f"| {row['name'].strip()} | {measured} | {target} | {met} |")
     return "\n".join(lines) + "\n"
 
 
