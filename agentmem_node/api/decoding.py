@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -29,13 +29,16 @@ class Body(Generic[T]):
         self._decode: Callable[[bytes], T] = msgspec.json.Decoder(type_).decode
         # Every name that may stand somewhere in the body: for "Did you mean".
         self._names = sorted(set(_field_names(type_)))
+        self._choices = dict(_choices(type_))
 
     def decode(self, body: bytes) -> T:
         """Raises InvalidField (a named field) or BadRequest (no JSON at all)."""
         try:
             return self._decode(body)
         except msgspec.ValidationError as error:
-            raise invalid_field(str(error), self._names, noun=self._noun) from None
+            raise invalid_field(
+                str(error), self._names, noun=self._noun, choices=self._choices
+            ) from None
         except msgspec.DecodeError as error:
             raise _not_json(body, str(error)) from None
         except UnicodeDecodeError as error:
@@ -85,6 +88,7 @@ class Query(Generic[T]):
         self._names = list(type_.__struct_fields__)
         hints = get_type_hints(type_)
         self._json_names = {name for name in self._names if _holds_dict(hints[name])}
+        self._choices = dict(_choices(type_))
 
     def decode(self, pairs: Iterable[tuple[str, str]]) -> T:
         """Raises InvalidField for an unknown, repeated or wrong parameter."""
@@ -102,7 +106,9 @@ class Query(Generic[T]):
         try:
             return msgspec.convert(given, self.type, strict=False)
         except msgspec.ValidationError as error:
-            raise invalid_field(str(error), self._names, what="parameter") from None
+            raise invalid_field(
+                str(error), self._names, what="parameter", choices=self._choices
+            ) from None
 
     def is_json(self, name: str) -> bool:
         """Whether the parameter holds a JSON object."""
@@ -120,9 +126,17 @@ class Query(Generic[T]):
 
 
 def invalid_field(
-    text: str, names: list[str], *, what: str = "field", noun: str = "body"
+    text: str,
+    names: list[str],
+    *,
+    what: str = "field",
+    noun: str = "body",
+    choices: Mapping[str, str] | None = None,
 ) -> InvalidField:
-    """An InvalidField from msgspec's message: the path, what was expected, a near name."""
+    """An InvalidField from msgspec's message: the path, what was expected, a near name.
+
+    `choices`: of fields that hold one of a few words, field -> those words.
+    """
     path, message = "", text
     if found := _AT.search(text):
         message = text[: found.start()]
@@ -145,7 +159,10 @@ def invalid_field(
     message = message[:1].lower() + message[1:]
     if not path:
         return InvalidField(f"The {noun} is wrong: {message}.", field="")
-    return InvalidField(f"`{path}` is wrong: {message[:300]}.", field=path)
+    parts = re.split(r"[.\[\]]", path)
+    named = next((part for part in reversed(parts) if part in (choices or {})), None)
+    allowed = f"Allowed: {(choices or {})[named]}." if named and "enum" in message else ""
+    return InvalidField(f"`{path}` is wrong: {message[:300]}.", hint=allowed, field=path)
 
 
 def _not_json(body: bytes, reason: str) -> BadRequest:
@@ -167,6 +184,28 @@ def _not_json(body: bytes, reason: str) -> BadRequest:
 
 def _shown(name: str) -> str:
     return name if len(name) <= _SHOWN_CHARACTERS_MAX else name[:_SHOWN_CHARACTERS_MAX] + "..."
+
+
+def _choices(type_: Any) -> Iterable[tuple[str, str]]:
+    """(field, its words) of every field that takes one of a few, in a struct and those in it."""
+    if isinstance(type_, type) and issubclass(type_, msgspec.Struct):
+        for name, hint in get_type_hints(type_).items():
+            words = [str(word) for word in _words(hint)]
+            if words:
+                yield name, ", ".join(dict.fromkeys(words))
+            yield from _choices(hint)
+    else:
+        for part in get_args(type_):
+            yield from _choices(part)
+
+
+def _words(hint: Any) -> Iterable[Any]:
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+        return
+    for part in get_args(hint):
+        if not (isinstance(part, type) and issubclass(part, msgspec.Struct)):
+            yield from _words(part)
 
 
 def _field_names(type_: Any) -> Iterable[str]:

@@ -163,3 +163,20 @@ def test_two_writes_share_an_identity_only_if_they_are_the_same(
     (first, second), (one, other) = writes, found
     assert (one[0] == other[0]) == (first[:2] == second[:2])
     assert (one[1] == other[1]) == (first[2] == second[2])
+
+
+@pytest.mark.parametrize(
+    ("type_", "body", "allowed"),
+    [
+        (rq.SearchRequest, {"query": "a", "legs": ["foo"]}, "vector, bm25, phrase, fuzzy"),
+        (rq.SearchRequest, {"query": "a", "legs": {"foo": 1}}, "vector, bm25, phrase, fuzzy"),
+        (rq.SearchBatchRequest, {"searches": [{"query": "a", "fusion": "x"}]}, "weighted, rrf"),
+        (rq.AddRequest, {"content": "x", "memory_type": "fact"}, "episodic, factual"),
+    ],
+)
+def test_a_word_that_is_none_of_the_few_is_answered_with_them(
+    type_: type[msgspec.Struct], body: dict[str, Any], allowed: str
+) -> None:
+    with pytest.raises(InvalidField) as refused:
+        Body(type_).decode(msgspec.json.encode(body))
+    assert refused.value.hint.startswith("Allowed: " + allowed)
