@@ -193,6 +193,9 @@ def test_replicas_have_equal_digests_once_writes_stop(cluster: DevCluster) -> No
 
 def test_a_minority_refuses_within_its_time_and_recovers(cluster: DevCluster) -> None:
     known = add(cluster.urls[0], "before the cut", "cut")
+    seen = f"{cluster.urls[0]}/api/v1/memories/{known}?consistency=eventual"
+    # Two others may have acknowledged it: what is read from the minority below must be there.
+    wait_for(lambda: status_of("GET", seen)[0] == 200, 10, "the write on the first node")
     for number in (2, 3):
         cluster.kill(number)
     time.sleep(1.5)  # about one election timeout: the leaders that are left step down
@@ -206,7 +209,7 @@ def test_a_minority_refuses_within_its_time_and_recovers(cluster: DevCluster) ->
         assert code in (503, 504), body
         assert body["code"] in ("no_quorum", "not_leader", "deadline_exceeded"), body
         assert time.monotonic() - begun < DEADLINE_S + GRACE_S
-    eventual = ask("GET", f"{cluster.urls[0]}/api/v1/memories/{known}?consistency=eventual")
+    eventual = ask("GET", seen)
     assert eventual.get("memory", eventual)["content"] == "before the cut"
     for number in (2, 3):
         cluster.restart(number, wait_s=0)
