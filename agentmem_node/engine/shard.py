@@ -25,6 +25,7 @@ from agentmem_node.model.times import format_ms
 from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, CheckpointJob
 from agentmem_node.storage.layout import DocRow
 from agentmem_node.storage.ledger import EVENTS, FeedItem, LedgerBounds
+from agentmem_node.storage.snapshot import StorageSnapshot
 from agentmem_node.storage.store import Located, Store
 
 if TYPE_CHECKING:
@@ -147,6 +148,15 @@ class Shard:
     def checkpoint_done(self, job: CheckpointJob) -> None:
         self._store.env.checkpoint_done(job)
         self._durable_index = self._durable_next
+
+    def open_snapshot(self) -> StorageSnapshot:
+        """What is visible now, to be copied elsewhere. Close it soon: it keeps pages from reuse."""
+        self._check()
+        try:
+            return self._store.env.open_snapshot()
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def close(self) -> None:
         """Leave a checkpoint behind, when that works: the next start has then nothing to replay."""

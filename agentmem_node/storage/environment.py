@@ -52,6 +52,7 @@ from agentmem_node.storage.checkpoint import (
     sync_folder,
     write_checkpoint,
 )
+from agentmem_node.storage.snapshot import StorageSnapshot, pinned
 
 _STATE_KEY: Final = b"state"
 _STATE_DB: Final = "state"
@@ -110,6 +111,7 @@ class Environment:
         # What the state row shall hold whenever a transaction is committed.
         self.state: Callable[[], bytes] = bytes
         self._job: CheckpointJob | None = None
+        self._snapshots: list[StorageSnapshot] = []
         self._lock_fd = _lock(folder)
         try:
             checkpoint = read_checkpoint(folder)
@@ -260,6 +262,22 @@ class Environment:
         self._job = None
         self.durable_state = job.checkpoint.state
 
+    def open_snapshot(self) -> StorageSnapshot:
+        """Commit, and pin what is visible now for a copy of it. Raises OSError, InternalError.
+
+        While it is open the file cannot reuse what later commits free, so it grows instead.
+        """
+        self._commit(self.state(), 0)
+        # As in `begin_checkpoint`: no commit may come between these.
+        reader = self._env.begin()
+        metas = os.pread(self._data_fd, 2 * self._page_bytes, 0)
+        self._snapshots = [kept for kept in self._snapshots if kept.is_open]
+        snapshot = pinned(
+            self.folder / DATA_NAME, Checkpoint(metas, self.state()), self._end, reader
+        )
+        self._snapshots.append(snapshot)
+        return snapshot
+
     def close(self) -> None:
         """Close without a checkpoint: what came after the last one is left to the journal."""
         if self._lock_fd >= 0:
@@ -279,6 +297,8 @@ class Environment:
     # -- within -------------------------------------------------------------------------
 
     def _close(self) -> None:
+        for snapshot in self._snapshots:
+            snapshot.close()
         if self.txn is not None:
             self.txn.abort()
         self._pin.abort()
