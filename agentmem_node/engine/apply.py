@@ -14,11 +14,14 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
+from agentmem_cluster.epochs.commands import EpochState, Sealed
 from agentmem_node.engine.reads import memory_of
 from agentmem_node.index.source import Change, IndexDoc, Removed
 from agentmem_node.model.commands import (
     Add,
+    Command,
     Delete,
+    EpochChanged,
     Mismatch,
     Op,
     Outcome,
@@ -49,16 +52,25 @@ _ABSENT = _Seen(0, False, "")
 
 
 def apply_command(
-    store: Store, index: int, command: bytes, write: Write | Rejected, changes: list[Change]
+    store: Store, index: int, command: bytes, write: Command, changes: list[Change]
 ) -> Result:
     """Apply one log entry; `write` is what its bytes decode to. What the derived indexes must
     learn is appended to `changes`, in order."""
-    if isinstance(write, Rejected):
-        result: Result = write
-        summary = write.reason.encode()
-    else:
-        result, summary = _apply_write(store, index, write, changes)
     state = store.state
+    result: Result
+    if isinstance(write, Rejected):
+        result, summary = write, write.reason.encode()
+    elif isinstance(write, Write):
+        if state.is_sealed:
+            # Between two epochs: whoever sent it is told that it was not done, and sends again.
+            result, summary = Sealed(state.epoch), b"sealed"
+        else:
+            result, summary = _apply_write(store, index, write, changes)
+    else:
+        before = EpochState(state.epoch, state.is_sealed)
+        after = before.after(write)
+        state.epoch, state.is_sealed = after
+        result, summary = EpochChanged(after != before), b"%d %d" % after
     state.applied_index = index
     state.digest = _chain(state.digest, index, command, result, summary)
     return result

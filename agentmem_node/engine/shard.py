@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from agentmem_cluster.epochs.commands import EpochState
 from agentmem_cluster.errors import DiskFull, InternalError
 from agentmem_cluster.raft.api import Entry
 from agentmem_node.engine.apply import apply_command
 from agentmem_node.engine.reads import StoreSource, memory_of, scope_of
 from agentmem_node.index.source import Change, Source
-from agentmem_node.model.commands import Rejected, Result, Write, WriteResult, decode
+from agentmem_node.model.commands import Command, Result, Write, WriteResult, decode
 from agentmem_node.model.ids import format_id
 from agentmem_node.model.memory import HistoryEntry, Memory
 from agentmem_node.model.records import Page, Stored, decode_memory
@@ -92,6 +93,11 @@ class Shard:
     @property
     def durable_index(self) -> int:
         return self._durable_index
+
+    @property
+    def epoch_state(self) -> EpochState:
+        """Which epoch's commands take effect, and whether it is sealed."""
+        return EpochState(self._store.state.epoch, self._store.state.is_sealed)
 
     def digest(self) -> bytes:
         return self._store.state.digest
@@ -327,7 +333,7 @@ def _stored(row: DocRow) -> Stored:
     return Stored(row.id, row.record, row.version, row.created_ms, row.updated_ms, row.expires_ms)
 
 
-def _cost(command: bytes, write: Write | Rejected) -> int:
+def _cost(command: bytes, write: Command) -> int:
     """Bytes that the file may grow by, at most, for one command."""
-    ops = 0 if isinstance(write, Rejected) else len(write.ops)
+    ops = len(write.ops) if isinstance(write, Write) else 0
     return 2 * len(command) + _COMMAND_BYTES + ops * _OP_BYTES

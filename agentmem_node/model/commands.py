@@ -17,6 +17,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 import msgpack
 
+from agentmem_cluster.epochs.commands import Control, Sealed, is_control
+from agentmem_cluster.epochs.commands import decode as decode_control
 from agentmem_node.model.times import TIME_MS_MAX, TIME_MS_MIN
 
 FORMAT: Final = 1
@@ -110,7 +112,15 @@ class Rejected:
     reason: str
 
 
-Result = WriteResult | Mismatch | Rejected
+@dataclass(frozen=True, slots=True)
+class EpochChanged:
+    """A control entry was carried out, or did nothing because its time was past."""
+
+    took_effect: bool
+
+
+Result = WriteResult | Mismatch | Rejected | EpochChanged | Sealed
+Command = Write | Control | Rejected
 
 
 def encode_write(write: Write) -> bytes:
@@ -131,8 +141,10 @@ def encode_write(write: Write) -> bytes:
     return data
 
 
-def decode(command: bytes) -> Write | Rejected:
+def decode(command: bytes) -> Command:
     """The command in `command`, every field of it checked. Never raises."""
+    if is_control(command):
+        return decode_control(command) or Rejected("a control entry that this node does not know")
     try:
         value = msgpack.unpackb(command)
     # msgpack raises ValueError, its own ExtraData / StackError / FormatError (all ValueErrors),

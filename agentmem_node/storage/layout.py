@@ -24,7 +24,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 DATABASES: Final = (
     "ids",
     "docs",
@@ -112,12 +112,16 @@ class State:
     next_scope: int = 1
     ledger_entries: int = 0
     ledger_ms: int = _NO_EXPIRY  # the ledger's own clock: the latest time that a command named
+    epoch: int = 1  # whose commands take effect ...
+    is_sealed: bool = False  # ... unless it has ended
 
-    _STRUCT = struct.Struct(f">HIQ{DIGEST_BYTES}sQIQq")
+    _FIRST = struct.Struct(f">HIQ{DIGEST_BYTES}sQIQq")
+    _STRUCT = struct.Struct(f">HIQ{DIGEST_BYTES}sQIQqQ?")
 
     def pack(self) -> bytes:
-        return self._STRUCT.pack(
-            FORMAT,
+        """As the oldest format that can say it, so that a node may be put back to the version
+        before as long as no shard was moved."""
+        head = (
             self.dim,
             self.applied_index,
             self.digest,
@@ -126,11 +130,15 @@ class State:
             self.ledger_entries,
             self.ledger_ms,
         )
+        if self.epoch == 1 and not self.is_sealed:
+            return self._FIRST.pack(1, *head)
+        return self._STRUCT.pack(FORMAT, *head, self.epoch, self.is_sealed)
 
     @classmethod
     def unpack(cls, data: bytes) -> State | None:
         """None when the bytes are of a format that this version does not know."""
-        if len(data) != cls._STRUCT.size:
-            return None
-        form, *values = cls._STRUCT.unpack(data)
-        return cls(*values) if form == FORMAT else None
+        for form, layout in ((1, cls._FIRST), (FORMAT, cls._STRUCT)):
+            if len(data) == layout.size:
+                found, *values = layout.unpack(data)
+                return cls(*values) if found == form else None
+        return None

@@ -110,11 +110,19 @@ class Journal:
 
     # -- groups -------------------------------------------------------------------------
 
-    def group(self, group_id: str, epoch: int) -> GroupLog:
-        """The log of a group; a fresh one when there is none yet."""
+    def group(self, group_id: str, epoch: int, base_index: int = 0, base_term: int = 0) -> GroupLog:
+        """The log of a group; when there is none yet, a fresh one that begins after the base."""
         group = self._groups.get((group_id, epoch))
         if group is None:
-            state = GroupState(group_id, epoch)
+            state = GroupState(
+                group_id,
+                epoch,
+                first_index=base_index + 1,
+                base_term=base_term,
+                last_index=base_index,
+                last_term=base_term,
+                term=base_term,
+            )
             group = GroupLog(self, self._next_number, state)
             self._next_number += 1
             self._groups[group_id, epoch] = self._by_number[group.number] = group

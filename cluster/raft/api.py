@@ -76,6 +76,9 @@ class GroupSpec:
     # Who asks for the group's very first election at once, while the others wait their time.
     # Afterwards it means nothing: any member may lead.
     preferred: str | None = None
+    # Where its log begins: the last entry of the epoch before, whose state it continues.
+    base_index: int = 0
+    base_term: int = 0
 
 
 class Applied(NamedTuple):

@@ -65,6 +65,8 @@ class Applier:
         self._since_entries = 0
         self._since_bytes = 0
         self._checkpointing = False
+        self._checkpoint_soon = False
+        self.retained: int | None = None  # entries after it are asked for by others than members
         self.stalled: DiskFull | None = None
         self._retry_s = 0.0
         step = MARK_BYTES // GUESSED_ENTRY_BYTES
@@ -116,13 +118,18 @@ class Applier:
             return None
         self._checkpointed_s = now_s
         self._since_entries = self._since_bytes = 0
+        self._checkpoint_soon = False
         job = self._machine.checkpoint()
         self._checkpointing = job is not None
         return job
 
     def checkpoint_due_s(self) -> float:
         settings = self._settings
-        if self._checkpointing or not self._since_entries:
+        if self._checkpointing:
+            return float("inf")
+        if self._checkpoint_soon:
+            return float("-inf")
+        if not self._since_entries:
             return float("inf")
         if (
             self._since_bytes >= settings.checkpoint_bytes
@@ -130,6 +137,10 @@ class Applier:
         ):
             return float("-inf")
         return self._checkpointed_s + settings.checkpoint_s
+
+    def checkpoint_soon(self) -> None:
+        """Somebody waits for the present state to be durable."""
+        self._checkpoint_soon = True
 
     def checkpointed(self, job: Any) -> None:
         self._checkpointing = False
@@ -143,6 +154,8 @@ class Applier:
         `floor` is what every connected follower has. True when something was dropped.
         """
         settings = self._settings
+        if self.retained is not None:
+            floor = min(floor, self.retained)
         tail = self._index_before(settings.tail_bytes)
         if floor < tail:
             tail = max(floor, self._index_before(settings.tail_bytes_max))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agentmem_cluster.errors import AgentMemError, DiskFull, ShuttingDown, WrongShard
-from agentmem_cluster.raft.api import Applied, GroupSpec, GroupStatus, StateMachine
+from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, GroupStatus, StateMachine
 from agentmem_cluster.raft.checkpoints import CheckpointJob, Checkpoints, is_full
 from agentmem_cluster.raft.frames import BOOT_BYTES, well_formed
 from agentmem_cluster.raft.gate import Gate
@@ -37,7 +37,8 @@ class FlushJob(Protocol):
 class NodeJournal(Protocol):
     """What the core asks of the node's journal (`agentmem_cluster.journal`)."""
 
-    def group(self, group_id: str, epoch: int) -> Any: ...
+    def group(self, group_id: str, epoch: int, base_index: int = 0, base_term: int = 0) -> Any: ...
+    def drop_group(self, group_id: str, epoch: int) -> None: ...
     def begin_flush(self) -> FlushJob | None: ...
     def flushed(self, job: Any) -> None: ...
     def reclaim(self) -> None: ...
@@ -92,7 +93,7 @@ class NodeCore:
             self.node_id,
             spec,
             machine,
-            self._journal.group(spec.id, spec.epoch),
+            self._journal.group(spec.id, spec.epoch, spec.base_index, spec.base_term),
             self._clock,
             self._rng,
             self._settings,
@@ -114,6 +115,41 @@ class NodeCore:
             self._checkpoints.forget(group_id)
             group.abandon()
             self._tell_all()
+
+    def drop_log(self, group_id: str, epoch: int) -> None:
+        """Forget the log of an epoch that this node serves no more."""
+        group = self._groups.get(group_id)
+        if group is not None and group.spec.epoch == epoch:
+            raise ValueError(f"epoch {epoch} of group {group_id} is served here")
+        self._journal.drop_group(group_id, epoch)
+        self._gate.mark()
+
+    def checkpoint_soon(self, group_id: str) -> None:
+        """Make what is applied now durable, without waiting for the usual time."""
+        group = self._groups.get(group_id)
+        if group is not None:
+            group.checkpoint_soon()
+            self._touch(group_id)
+
+    def retain(self, group_id: str, index: int | None) -> None:
+        """Keep a group's entries after `index`, up to a bound; None: no more."""
+        group = self._groups.get(group_id)
+        if group is not None:
+            group.retain(index)
+
+    def read_log(self, group_id: str, after: int, bytes_max: int) -> list[Entry]:
+        """Entries after `after` that are applied here, at least one if there is any.
+
+        Raises IndexError when they were compacted, KeyError when the group is not here.
+        """
+        group = self._groups[group_id]
+        last = group.status().applied_index
+        return [] if after >= last else group.log.slice(after + 1, last, bytes_max)
+
+    def term_at(self, group_id: str, index: int) -> int:
+        """The term of an entry that the log still has. Raises IndexError, KeyError."""
+        term: int = self._groups[group_id].log.term_at(index)
+        return term
 
     # -- inputs --
 

@@ -30,8 +30,9 @@ class Elections:
         rng: Rng,
         settings: RaftSettings,
         *,
-        is_preferred: bool,
+        founding: tuple[int, int] | None,
     ) -> None:
+        """`founding`: the index and term at which this member is the one to begin the group."""
         self._member = member
         self._log = log
         self._voice = voice
@@ -45,7 +46,7 @@ class Elections:
         self._voted_term = -1
         self._by_hand_over = False
         self._asker_boot = b""
-        self._is_preferred = is_preferred
+        self._founding = founding
         if self._alone or self._is_founder:
             member.postpone_election(float("-inf"))  # nobody else could lead, or is to
 
@@ -73,8 +74,7 @@ class Elections:
     @property
     def _is_founder(self) -> bool:
         """Whether this member is the one to begin, and nothing has happened in the group yet."""
-        fresh = self._log.last_index == 0 and self._member.term == 0
-        return self._is_preferred and fresh
+        return self._founding == (self._log.last_index, self._member.term)
 
     def peer_up(self) -> None:
         if self._is_founder:

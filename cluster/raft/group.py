@@ -66,8 +66,9 @@ class Group:
             mark=gate.mark,
         )
         is_preferred = spec.preferred == node_id
+        founding = (spec.base_index, spec.base_term) if is_preferred else None
         self._elections = Elections(
-            self.member, log, self._voice, clock, rng, settings, is_preferred=is_preferred
+            self.member, log, self._voice, clock, rng, settings, founding=founding
         )
         self._following = Following(
             self.member,
@@ -301,6 +302,13 @@ class Group:
 
     def checkpoint_due_s(self) -> float:
         return self._applier.checkpoint_due_s()
+
+    def checkpoint_soon(self) -> None:
+        self._applier.checkpoint_soon()
+
+    def retain(self, index: int | None) -> None:
+        """Keep the entries after `index` in the log, up to a bound; None: nobody needs them."""
+        self._applier.retained = index
 
     def checkpoint(self, now_s: float) -> Any:
         """A job that makes the state machine durable, when one is due."""

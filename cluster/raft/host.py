@@ -19,7 +19,7 @@ from agentmem_cluster.errors import (
     ShuttingDown,
     Unavailable,
 )
-from agentmem_cluster.raft.api import Applied, GroupSpec, GroupStatus, Role, StateMachine
+from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, GroupStatus, Role, StateMachine
 from agentmem_cluster.raft.checkpoints import CheckpointJob
 from agentmem_cluster.raft.core import NodeCore, NodeJournal, Ready
 from agentmem_cluster.raft.deadlines import Deadlines
@@ -114,9 +114,13 @@ class Host:
         self.wake()
         return group
 
-    async def remove_group(self, group_id: str) -> None:
+    def remove_group(self, group_id: str) -> None:
         self.groups.pop(group_id, None)
         self.core.remove_group(group_id)
+
+    def drop_log(self, group_id: str, epoch: int) -> None:
+        self.core.drop_log(group_id, epoch)
+        self.wake()
 
     def wake(self) -> None:
         """Tick in this turn of the loop, once, after whoever else is ready to run."""
@@ -274,6 +278,23 @@ class AsyncGroup:
         future: asyncio.Future[int] = self._future()
         self._core.when_applied(self._id, index, _resolver(future), deadline)
         await self._host.deadlines.wait(future, deadline, self._slow_read)
+
+    def checkpoint_soon(self) -> None:
+        """Make what is applied durable now."""
+        self._core.checkpoint_soon(self._id)
+        self._host.wake()
+
+    def read_log(self, after: int, bytes_max: int) -> list[Entry]:
+        """Entries after `after` that are applied here. Raises IndexError when compacted."""
+        return self._core.read_log(self._id, after, bytes_max)
+
+    def term_at(self, index: int) -> int:
+        """Raises IndexError when the log does not have that entry any more."""
+        return self._core.term_at(self._id, index)
+
+    def retain(self, index: int | None) -> None:
+        """Keep the entries after `index` in the journal, up to a bound; None: no more."""
+        self._core.retain(self._id, index)
 
     async def transfer(self, to: str | None, *, deadline: float) -> None:
         """Hand leadership over and wait until this node has lost it."""

@@ -1,0 +1,1 @@
+"""How a replica group changes: its epoch is sealed, and the next is founded from its state."""
