@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "agentmem_cluster.ring": (),
     "agentmem_cluster.shardmap": ("agentmem_cluster.ring",),
     "agentmem_node.model": (
+        "agentmem_cluster.epochs.commands",
         "agentmem_cluster.errors",
         "agentmem_cluster.runtime",
         "agentmem_cluster.ring",
