@@ -59,6 +59,14 @@ class NodeSection(_Section, frozen=True):
             "address in `cluster.nodes`. A single node has none."
         ),
     ] = None
+    zone: Annotated[
+        str,
+        Meta(
+            max_length=64,
+            description="Where this node stands: a rack, a machine, an availability zone. The "
+            "replicas of a shard are spread over as many zones as there are.",
+        ),
+    ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(description="The least severe event that is logged to stderr."),
@@ -96,6 +104,13 @@ class ClusterSection(_Section, frozen=True):
             "clients use (`http`). The same on all nodes."
         ),
     ] = {}
+    join: Annotated[
+        bool,
+        Meta(
+            description="This node joins a cluster that exists, and never founds one. "
+            "`agentmem serve --join` sets it."
+        ),
+    ] = False
     ca_cert: Annotated[
         str | None,
         Meta(description="PEM file of the authority that signs the certificates of nodes."),
@@ -173,6 +188,14 @@ class StorageSection(_Section, frozen=True):
             "makes writes durable; longer means more to replay after a crash.",
         ),
     ] = 10_000
+    copy_bytes_per_s: Annotated[
+        int,
+        Meta(
+            ge=MIB,
+            description="How fast a replica is copied from another node, at most: a copy must "
+            "leave the disks and the network to those who read and write.",
+        ),
+    ] = 256 * MIB
     journal_segment_bytes: Annotated[
         int,
         Meta(

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any, Final, Literal, NamedTuple
 from zlib import crc32
 
 import msgpack
 
+from agentmem_cluster.epochs.change import Base, Change, Phase
+from agentmem_cluster.epochs.commands import EpochState
+from agentmem_cluster.epochs.commands import decode as decode_control
 from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.runtime import Disk
@@ -28,6 +31,14 @@ _SET_MAP: Final = 3
 _KV_PUT: Final = 4
 _KV_DELETE: Final = 5
 _REMOVE_NODE: Final = 6
+# From level 2 on: proposed only when every node has said that it knows them.
+_BEGIN_CHANGE: Final = 7
+_FOUND_EPOCH: Final = 8
+_REDIRECT_CHANGE: Final = 9
+_END_CHANGE: Final = 10
+# The highest level of commands and formats that this program knows, and what needs which.
+LEVEL: Final = 2
+LEVEL_OF_CHANGES: Final = 2
 
 _TEXT_CHARS_MAX = 1_024
 _NODES_MAX = 1_024
@@ -75,18 +86,25 @@ class ClusterSettings:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """Where a node is reached: `peer` HOST:PORT of its link, `http` the URL of its API."""
+    """Where a node is reached: `peer` HOST:PORT of its link, `http` the URL of its API.
+
+    `incarnation` names its disk ("" in versions that had none), `zone` where it stands, `level`
+    what it understands: the highest level of commands and formats.
+    """
 
     peer: str
     http: str
     version: str
+    incarnation: str = ""
+    zone: str = ""
+    level: int = 1
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_wire(cls, wire: Any) -> NodeInfo:
-        """Raises ValueError. Keys of later versions are ignored."""
+        """Raises ValueError. Keys of later versions are ignored, those that came later default."""
         return cls(**_read_fields(cls, wire))
 
 
@@ -96,6 +114,13 @@ class MetaState:
     map: ShardMap | None = None
     nodes: dict[str, NodeInfo] = field(default_factory=dict)
     kv: dict[str, bytes] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)  # by shard: one at a time
+    epoch: EpochState = field(default_factory=EpochState)  # of the meta group itself
+
+    @property
+    def level(self) -> int:
+        """What all nodes understand: nothing newer may be written where others read it."""
+        return min((info.level for info in self.nodes.values()), default=1)
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -103,17 +128,22 @@ class MetaState:
             "map": None if self.map is None else self.map.to_wire(),
             "nodes": {name: info.to_wire() for name, info in sorted(self.nodes.items())},
             "kv": dict(sorted(self.kv.items())),
+            "changes": [change.to_wire() for _, change in sorted(self.changes.items())],
+            "epoch": list(self.epoch),
         }
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> MetaState:
-        """Raises ValueError or KeyError."""
+        """Raises ValueError or KeyError. What the version before did not write is defaulted."""
+        changes = [Change.from_wire(row) for row in wire.get("changes", [])]
         settings, shard_map = wire["settings"], wire["map"]
         return cls(
             None if settings is None else ClusterSettings.from_wire(settings),
             None if shard_map is None else ShardMap.from_wire(shard_map),
             {str(name): NodeInfo.from_wire(info) for name, info in wire["nodes"].items()},
             {str(key): bytes(value) for key, value in wire["kv"].items()},
+            {change.shard: change for change in changes},
+            EpochState(*wire.get("epoch", EpochState())),
         )
 
 
@@ -150,6 +180,26 @@ def kv_put(key: str, value: bytes) -> bytes:
 
 def kv_delete(key: str) -> bytes:
     return _pack(_KV_DELETE, key)
+
+
+def begin_change(change: Change) -> bytes:
+    """Begin to change a shard's epoch; refused while another change of the shard is under way."""
+    return _pack(_BEGIN_CHANGE, change.to_wire())
+
+
+def found_epoch(change_id: str, shard: str, base: Base) -> bytes:
+    """The next epoch of a shard serves from now on: the map changes, and never back."""
+    return _pack(_FOUND_EPOCH, change_id, shard, base.index, base.term)
+
+
+def redirect_change(change_id: str, shard: str, members: Sequence[str], preferred: str) -> bytes:
+    """Give the next epoch other members, while it is not founded."""
+    return _pack(_REDIRECT_CHANGE, change_id, shard, list(members), preferred)
+
+
+def end_change(change_id: str, shard: str) -> bytes:
+    """It is finished when its epoch was founded, and given up when not."""
+    return _pack(_END_CHANGE, change_id, shard)
 
 
 def _pack(kind: int, *values: Any) -> bytes:
@@ -205,9 +255,18 @@ class MetaStateMachine:
 
     # -- applying -----------------------------------------------------------------------
 
+    @property
+    def epoch_state(self) -> EpochState:
+        return self.state.epoch
+
     def _apply_one(self, command: bytes) -> Outcome:
         if not command:
             return Outcome("ok")  # Raft's own entry at the start of a term
+        control = decode_control(command)
+        if control is not None:
+            before = self.state.epoch
+            self.state.epoch = before.after(control)
+            return Outcome("ok" if self.state.epoch != before else "conflict")
         try:
             values = msgpack.unpackb(command)
             if not isinstance(values, list) or len(values) < 3 or values[0] != FORMAT:
@@ -240,7 +299,52 @@ class MetaStateMachine:
                 return Outcome("not_found")
             self._kv_bytes -= len(key) + len(value)
             return Outcome("ok")
+        if kind in (_BEGIN_CHANGE, _FOUND_EPOCH, _REDIRECT_CHANGE, _END_CHANGE):
+            return self._decide_change(kind, values)
         raise ValueError(f"kind {kind!r} is unknown")
+
+    def _decide_change(self, kind: int, values: list[Any]) -> Outcome:
+        if kind == _BEGIN_CHANGE:
+            (wire,) = _exactly(values, 1)
+            return self._begin_change(Change.from_wire(wire))
+        change_id, shard = _text(values[0], "change"), _text(values[1], "shard")
+        change = self.state.changes.get(shard)
+        if change is None or change.id != change_id:
+            return Outcome("not_found", f"shard {shard} has no change {change_id}")
+        if kind == _END_CHANGE:
+            _exactly(values, 2)
+            del self.state.changes[shard]
+            return Outcome("ok")
+        if change.phase is not Phase.COPY:
+            return Outcome("conflict", f"epoch {change.to_epoch} of {shard} is founded")
+        if kind == _REDIRECT_CHANGE:
+            _, _, members, preferred = _exactly(values, 4)
+            if change.is_split:
+                raise ValueError("a split is given up, not redirected")
+            target = replace(change.targets[0], members=tuple(members), preferred_leader=preferred)
+            self.state.changes[shard] = replace(change, targets=(target,), fresh=())
+            return Outcome("ok")
+        _, _, index, term = _exactly(values, 4)
+        founded = change.founded(Base(_integer(index, "index"), _integer(term, "term")))
+        assert self.state.map is not None  # there is a change of one of its shards
+        self.state.map = founded.apply_to(self.state.map)
+        self.state.changes[shard] = founded
+        return Outcome("ok")
+
+    def _begin_change(self, change: Change) -> Outcome:
+        if self.state.map is None or change.phase is not Phase.COPY:
+            return Outcome("conflict", "there is no map, or the change was founded before")
+        if change.shard in self.state.changes:
+            return Outcome("conflict", f"another change of shard {change.shard} is under way")
+        current = self.state.map.shards.get(change.shard)
+        if current is None or (current.epoch, current.members) != (
+            change.from_epoch,
+            change.old_members,
+        ):
+            return Outcome("conflict", f"shard {change.shard} is not as the change expects it")
+        change.apply_to(self.state.map)  # raises what a founding would
+        self.state.changes[change.shard] = change
+        return Outcome("ok")
 
     def _init(self, settings: ClusterSettings, shard_map: ShardMap) -> Outcome:
         if self.state.settings is not None:
@@ -369,6 +473,8 @@ def _read_fields(kind: type[Any], wire: Any) -> dict[str, Any]:
     values = {}
     for spec in fields(kind):
         value = wire.get(spec.name)
+        if value is None and spec.default is not MISSING:
+            continue
         check = _integer if spec.type == "int" else _any_text
         values[spec.name] = check(value, f"{kind.__name__}.{spec.name}")
     return values

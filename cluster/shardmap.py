@@ -14,7 +14,9 @@ from typing import Any
 
 from agentmem_cluster.ring import SLOTS, assign, slot_of
 
-_FORMAT = 1
+# Format 2 says no more than 1 does, but that shards were moved: a program that knows only 1 must
+# not serve such a cluster.
+_FORMATS = (1, 2)
 _SHARD_ID = re.compile(r"s[0-9]{2,5}")
 _NODE_ID_CHARS_MAX = 64
 _MEMBERS_MAX = 31
@@ -101,7 +103,7 @@ class ShardMap:
     def to_wire(self) -> dict[str, Any]:
         """Plain values for msgpack or JSON."""
         return {
-            "format": _FORMAT,
+            "format": 1 if all(s.epoch == 1 for s in self._by_range) else 2,
             "version": self.version,
             "shards": [
                 [s.id, s.epoch, list(s.members), s.preferred_leader, s.slot_start, s.slot_end]
@@ -112,8 +114,8 @@ class ShardMap:
     @classmethod
     def from_wire(cls, wire: Any) -> ShardMap:
         """Raises ValueError for anything that `to_wire` could not have made."""
-        if not isinstance(wire, Mapping) or wire.get("format") != _FORMAT:
-            raise ValueError(f"a shard map of format {_FORMAT} was expected")
+        if not isinstance(wire, Mapping) or wire.get("format") not in _FORMATS:
+            raise ValueError(f"a shard map of format {_FORMATS[-1]} or before was expected")
         rows = wire.get("shards")
         if not isinstance(rows, Sequence) or isinstance(rows, str | bytes) or len(rows) > SLOTS:
             raise ValueError("shard map: `shards` is not a list")

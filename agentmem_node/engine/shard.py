@@ -164,6 +164,19 @@ class Shard:
             self._failure = error
             raise
 
+    def rebase(self, index: int) -> None:
+        """Continue at a later entry: a restored state becomes the beginning of a newer log."""
+        self._check()
+        if index < self.applied_index:
+            raise ValueError(f"shard {self.id} is at entry {self.applied_index}, after {index}")
+        self._store.state.applied_index = index
+
+    def abandon(self) -> None:
+        """Close without a checkpoint: the files are about to be removed."""
+        if self._index is not None:
+            self._index.close()
+        self._store.env.close()
+
     def close(self) -> None:
         """Leave a checkpoint behind, when that works: the next start has then nothing to replay."""
         try:

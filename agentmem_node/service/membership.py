@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import msgpack
-
+from agentmem_cluster.epochs.machine import EpochMachine
+from agentmem_cluster.epochs.record import Held, LocalRecord
 from agentmem_cluster.errors import AgentMemError, NotLeader, Unavailable
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import (
     ClusterSettings,
     MetaStateMachine,
     NodeInfo,
+    Outcome,
     init_cluster,
     put_node,
 )
@@ -32,20 +32,16 @@ from agentmem_cluster.runtime import Clock, Disk, Rng
 from agentmem_cluster.shardmap import ShardMap
 from agentmem_node.config import Config, ConfigError
 from agentmem_node.providers.base import ModelIdentity
+from agentmem_node.service.admission import META_FOLDER, admit
+from agentmem_node.service.replicas import Replicas
 from agentmem_node.service.routing import Routing
+from agentmem_node.service.view import UNREADABLE, MetaGroup, View, load_view, save_view
 
 log = logging.getLogger("agentmem.membership")
 
-_VIEW_FILE = "cluster-view.msgpack"
 _POLL_S = 0.1
 _SETTLED_POLL_S = 1.0
 _CALL_S = 2.0
-# A leader moves home only when nothing happened for a while: after a crash the returning node
-# first catches up and the cluster first calms down.
-_TRANSFER_QUIET_S = 3.0
-_TRANSFER_LAG_MAX = 64
-# What reading a view can raise that was damaged, or comes from another version.
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, AgentMemError)
 
 
 class WrongCluster(Exception):
@@ -54,33 +50,6 @@ class WrongCluster(Exception):
 
 class WrongModel(Exception):
     """This node embeds with another model than the cluster: it must not start."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a node knows of its cluster: plain data, as it travels and as it is kept on disk."""
-
-    cluster_id: str
-    model: ModelIdentity
-    nodes: dict[str, NodeInfo]
-    map: ShardMap
-
-    def to_wire(self) -> dict[str, Any]:
-        return {
-            "cluster_id": self.cluster_id,
-            "model": [self.model.name, self.model.dim, self.model.model_hash],
-            "nodes": {name: info.to_wire() for name, info in self.nodes.items()},
-            "map": self.map.to_wire(),
-        }
-
-    @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> View:
-        return cls(
-            wire["cluster_id"],
-            ModelIdentity(*wire["model"]),
-            {name: NodeInfo.from_wire(info) for name, info in wire["nodes"].items()},
-            ShardMap.from_wire(wire["map"]),
-        )
 
 
 def meta_voters(nodes: list[str]) -> tuple[str, ...]:
@@ -94,59 +63,88 @@ class Membership:
         config: Config,
         *,
         disk: Disk,
+        record: LocalRecord,
         host: Host,
         link: Link | None,
         clock: Clock,
         rng: Rng,
         routing: Routing,
+        replicas: Replicas,
         own: NodeInfo,
-        on_view: Callable[[View], Awaitable[None]],
         may_found: asyncio.Event,
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._config = config
         self._disk = disk
+        self._record = record
         self._host = host
         self._link = link
         self._clock = clock
         self._rng = rng
         self._routing = routing
+        self._replicas = replicas
         self._own = own
-        self._on_view = on_view
         # A cluster records its model for ever: nobody founds one before the model was loaded.
         self._may_found = may_found
         self._on_fatal = on_fatal
         self._node_id = config.node.id
-        self._all = sorted(config.cluster.nodes) or [self._node_id]
-        self._voters = meta_voters(self._all)
+        self._configured = sorted(config.cluster.nodes) or [self._node_id]
+        self._founders = meta_voters(self._configured)
         self._meta: AsyncGroup | None = None
         self._machine: MetaStateMachine | None = None
+        self._model: ModelIdentity | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         self._view_ready = asyncio.Event()
-        self._last_trouble_s = clock.monotonic()
+        self._adopting = asyncio.Lock()
+        self.on_view: list[Callable[[View], None]] = []
         self.view: View | None = None
+        replicas.learn_view = self.learn
+        replicas.view_wire = self.view_wire
+        routing.on_stale_map = self._changed.set
 
     # -- life ---------------------------------------------------------------------------
 
     async def start(self, model: ModelIdentity) -> None:
         """Join the meta group or find it, then keep the view current in the background."""
-        kept = self._load_view()
+        self._model = model
+        kept = load_view(self._disk)
         if kept is not None:
-            await self._adopt(kept, model)
-        if self._node_id in self._voters:
-            self._machine = MetaStateMachine(self._disk, "meta")
-            self._machine.on_change.append(self._changed.set)
-            spec = GroupSpec(GROUP_META, 1, self._voters, preferred=self._voters[0])
-            self._meta = self._host.add_group(spec, self._machine)
+            view, founders = kept
+            if founders != self._founders and not self._config.cluster.join:
+                raise ConfigError(
+                    f"With these [cluster.nodes], {', '.join(self._founders)} would have founded "
+                    f"the cluster, but {', '.join(founders)} did: two majorities could decide two "
+                    "things. Give [cluster.nodes] as it was then; only addresses may change."
+                )
+            await self._adopt(view)
+        if GROUP_META in self._record.held:
+            self._open_meta()
         if self._link is not None:
+            self._link.register("meta.hello", self._on_hello)
             self._link.register("meta.view", self._on_view_asked)
+            self._link.register("meta.learn", self._on_learn)
             self._link.register("meta.put_node", self._on_put_node)
+            self._link.register("meta.propose", self._on_propose)
             self._link.register("shard.leaders", self._on_leaders_asked)
-        self._tasks = [
-            asyncio.create_task(self._follow(model), name="membership"),
-            asyncio.create_task(self._balance(), name="leader-balance"),
-        ]
+        self._tasks = [asyncio.create_task(self._follow(), name="membership")]
+
+    def _open_meta(self) -> None:
+        held = self._record.held[GROUP_META]
+        self._machine = MetaStateMachine(self._disk, held.folder)
+        self._machine.on_change.append(self._changed.set)
+        members = self._founders
+        if self.view is not None and self.view.meta is not None:
+            members = self.view.meta.members
+        spec = GroupSpec(
+            GROUP_META,
+            held.epoch,
+            members,
+            preferred=members[0],
+            base_index=held.base_index,
+            base_term=held.base_term,
+        )
+        self._meta = self._host.add_group(spec, EpochMachine(self._machine, held.epoch))
 
     async def wait_view(self, timeout_s: float) -> View:
         """The first view. Raises TimeoutError, and what `start`'s background work died of.
@@ -186,15 +184,16 @@ class Membership:
 
     # -- following ----------------------------------------------------------------------
 
-    async def _follow(self, model: ModelIdentity) -> None:
+    async def _follow(self) -> None:
         registered = False
         while True:
             self._changed.clear()
-            view = await self._fetch(model)
+            if self._meta is None:
+                await self._join_meta()
+            view = await self._fetch()
             if view is not None:
-                if self._is_news(view):
-                    await self._adopt(view, model)
-                    self._save_view(view)
+                if view.is_newer_than(self.view):
+                    await self._adopt(view)
                 if not registered or view.nodes.get(self._node_id) != self._own:
                     registered = await self._register()
             settled = view is not None and registered
@@ -206,29 +205,59 @@ class Membership:
             except TimeoutError:
                 pass
 
-    def _is_news(self, view: View) -> bool:
-        """Not what is known already, nor what a voter says that has slept or just started."""
-        known = self.view
-        if known is None:
-            return True
-        return view.map.version >= known.map.version and view.to_wire() != known.to_wire()
+    async def _join_meta(self) -> None:
+        """Found the meta group with others that have nothing, or take the founder's place in it."""
+        if self._node_id not in self._founders or self._config.cluster.join:
+            return
+        view = self.view
+        if view is None:
+            if not await self._is_untouched():
+                return
+            # A majority of the founders holds nothing, so there is nothing that could be lost.
+            self._record.is_admitted = True
+        elif view.meta is not None and view.meta.epoch > 1:
+            return
+        if not self._record.may_take_part(GROUP_META, 1):
+            return
+        self._record.hold(GROUP_META, Held(1, META_FOLDER))
+        self._record.save(self._disk)
+        self._open_meta()
+        self._host.wake()
 
-    async def _fetch(self, model: ModelIdentity) -> View | None:
+    async def _is_untouched(self) -> bool:
+        """Whether a majority of the founders, this node included, says that it holds nothing."""
+        untouched = 1
+        for voter in self._founders:
+            if voter == self._node_id or not self._routing.is_connected(voter):
+                continue
+            assert self._link is not None
+            try:
+                answer = await self._link.call(voter, "meta.hello", {}, timeout=_CALL_S)
+                if answer["is_founded"]:
+                    return False
+                untouched += not answer["holds_meta"]
+            except UNREADABLE as error:
+                log.debug("no greeting from %s: %r", voter, error)
+        return 2 * untouched > len(self._founders)
+
+    async def _on_hello(self, _peer: str, _body: dict[str, Any]) -> dict[str, Any]:
+        return {"holds_meta": self._meta is not None, "is_founded": self.view is not None}
+
+    async def _fetch(self) -> View | None:
         """The newest view that can be had now."""
-        if self._machine is None:
+        if self._machine is None or self._meta is None:
             return await self._ask_voters()
-        state = self._machine.state
-        if state.settings is None or state.map is None:
-            if self._meta is not None and self._meta.is_leader and self._may_found.is_set():
-                await self._found(model)
+        view = View.of(self._machine.state, self._machine.applied_index, self._meta_group())
+        if view is None:
+            if self._meta.is_leader and self._may_found.is_set():
+                assert self._model is not None
+                await self._found(self._model)
             return None
-        settings = state.settings
-        return View(
-            settings.cluster_id,
-            ModelIdentity(settings.model_name, settings.model_dim, settings.model_hash),
-            dict(state.nodes),
-            state.map,
-        )
+        return view
+
+    def _meta_group(self) -> MetaGroup:
+        assert self._meta is not None
+        return MetaGroup(self._meta.spec.epoch, self._meta.spec.members)
 
     async def _found(self, model: ModelIdentity) -> None:
         """As the leader of a meta group that is empty: decide what the cluster is. First wins."""
@@ -243,7 +272,7 @@ class Membership:
             created_ms=self._clock.wall_ms(),
         )
         first_map = ShardMap.initial(
-            self._all, shards=cluster.shards, replication=self._config.replicas
+            self._configured, shards=cluster.shards, replication=self._config.replicas
         )
         try:
             await self._meta.propose(
@@ -253,17 +282,22 @@ class Membership:
             log.info("founding the cluster: %s; trying again", error)
 
     async def _ask_voters(self) -> View | None:
-        for voter in self._voters:
-            if not self._routing.is_connected(voter):
+        for voter in self._voters():
+            if voter == self._node_id or not self._routing.is_connected(voter):
                 continue
             assert self._link is not None
             try:
                 wire = await self._link.call(voter, "meta.view", {}, timeout=_CALL_S)
                 if wire is not None:
                     return View.from_wire(wire)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 log.debug("no view of the cluster from %s: %r", voter, error)
         return None
+
+    def _voters(self) -> list[str]:
+        """Whom to ask what the cluster is: its voters, as far as known, and then anybody."""
+        known = self.view.meta.members if self.view is not None and self.view.meta else ()
+        return list(dict.fromkeys([*known, *self._founders, *self._configured]))
 
     async def _learn_leaders(self) -> None:
         """Who leads the shards that have no replica here: one call to a member tells several."""
@@ -293,14 +327,64 @@ class Membership:
         return {shard: local.group.leader for shard, local in self._routing.local.items()}
 
     async def _on_view_asked(self, _peer: str, _body: dict[str, Any]) -> dict[str, Any] | None:
+        return self.view_wire()
+
+    def view_wire(self) -> dict[str, Any] | None:
         return None if self.view is None else self.view.to_wire()
 
-    async def _adopt(self, view: View, model: ModelIdentity) -> None:
-        if view.model != model:
+    async def _on_learn(self, _peer: str, body: dict[str, Any]) -> None:
+        """`meta.learn`: a peer says what changed, so that nobody waits for the next poll."""
+        await self.learn(body["view"])
+
+    async def learn(self, wire: Any) -> None:
+        """Take over a peer's view, if it is newer. One that cannot be read is left alone."""
+        try:
+            view = View.from_wire(wire)
+        except UNREADABLE as error:
+            log.debug("a peer's view of the cluster cannot be read: %r", error)
+            return
+        if view.is_newer_than(self.view) and self.view is not None:
+            await self._adopt(view)
+
+    async def tell_all(self) -> None:
+        """Have every connected node learn this node's view now."""
+        if self._machine is not None and self._meta is not None:
+            view = View.of(self._machine.state, self._machine.applied_index, self._meta_group())
+            if view is not None and view.is_newer_than(self.view):
+                await self._adopt(view)
+        if self._link is None or self.view is None:
+            return
+        body = {"view": self.view.to_wire()}
+        peers = self._link.peers_up()
+        await asyncio.gather(
+            *(self._link.call(peer, "meta.learn", body, timeout=_CALL_S) for peer in peers),
+            return_exceptions=True,  # who does not hear it now asks within a second
+        )
+
+    async def _adopt(self, view: View) -> None:
+        async with self._adopting:
+            if not view.is_newer_than(self.view):
+                return
+            self._check_identity(view)
+            if admit(self._record, view, self._node_id, self._disk):
+                self._changed.set()
+            self.view = view
+            if self._link is not None:
+                self._link.set_peers(self._peers_of(view))
+            # Shards before the map that routes to them.
+            self._replicas.learn(view.map, view.changes)
+            self._routing.map = view.map
+            self._view_ready.set()
+            save_view(self._disk, view, self._founders)
+        for callback in self.on_view:
+            callback(view)
+
+    def _check_identity(self, view: View) -> None:
+        if view.model != self._model:
             raise WrongModel(
-                f"This cluster embeds with {view.model}; this node has {model}. Vectors of two "
-                "models cannot be compared. Configure the cluster's model under [embedding], or "
-                "start a new cluster in an empty data directory."
+                f"This cluster embeds with {view.model}; this node has {self._model}. Vectors of "
+                "two models cannot be compared. Configure the cluster's model under [embedding], "
+                "or start a new cluster in an empty data directory."
             )
         if self.view is not None and view.cluster_id != self.view.cluster_id:
             # Groups of two clusters have the same names and epochs: their logs must never meet.
@@ -309,33 +393,53 @@ class Membership:
                 f"[cluster.nodes] are cluster {view.cluster_id}, founded anew. Give this node an "
                 "empty data directory, or start all nodes on their old data."
             )
-        self.view = view
-        self._routing.map = view.map
-        await self._on_view(view)
-        self._view_ready.set()
+
+    def _peers_of(self, view: View) -> dict[str, str]:
+        """Where every node is reached: as configured here, else as it says itself."""
+        peers = {name: info.peer for name, info in view.nodes.items() if info.peer}
+        peers |= {name: peer.peer for name, peer in self._config.cluster.nodes.items()}
+        return {name: peer for name, peer in peers.items() if view.states.get(name) != "removed"}
 
     # -- registering --------------------------------------------------------------------
 
     async def _register(self) -> bool:
-        deadline = self._clock.monotonic() + _CALL_S
         try:
-            if self._meta is not None and self._meta.is_leader:
-                await self._meta.propose(put_node(self._node_id, self._own), deadline=deadline)
-                return True
-            leader = self._meta.leader if self._meta is not None else None
-            for voter in [leader] if leader else self._voters:
-                if voter is None or not self._routing.is_connected(voter) or self._link is None:
-                    continue
-                try:
-                    await self._link.call(
-                        voter, "meta.put_node", {"info": self._own.to_wire()}, timeout=_CALL_S
-                    )
-                    return True
-                except NotLeader:
-                    continue
-        except AgentMemError as error:
+            await self.propose(put_node(self._node_id, self._own))
+            return True
+        except UNREADABLE as error:
             log.debug("registering with the meta group: %s; trying again", error)
-        return False
+            return False
+
+    async def propose(self, command: bytes) -> Outcome:
+        """Have the meta group's leader replicate a command, wherever it is. Raises Unavailable."""
+        deadline = self._clock.monotonic() + _CALL_S
+        if self._meta is not None and self._meta.is_leader:
+            applied = await self._meta.propose(command, deadline=deadline)
+            return _outcome(applied.result)
+        leader = self._meta.leader if self._meta is not None else None
+        for voter in [leader] if leader else self._voters():
+            if voter in (None, self._node_id) or not self._routing.is_connected(str(voter)):
+                continue
+            assert self._link is not None
+            try:
+                answer = await self._link.call(
+                    str(voter), "meta.propose", {"command": command}, timeout=_CALL_S
+                )
+                return Outcome(*answer)
+            except NotLeader:
+                continue
+        raise Unavailable(
+            "The meta group has no leader that this node can reach.",
+            hint="A majority of its voters must be up: see `agentmem cluster status`.",
+        )
+
+    async def _on_propose(self, _peer: str, body: dict[str, Any]) -> list[str]:
+        """`meta.propose`: only the leader answers; it is asked by authenticated nodes only."""
+        if self._meta is None or not self._meta.is_leader:
+            raise NotLeader("This node does not lead the meta group.")
+        deadline = self._clock.monotonic() + _CALL_S
+        applied = await self._meta.propose(body["command"], deadline=deadline)
+        return list(_outcome(applied.result))
 
     async def _on_put_node(self, peer: str, body: dict[str, Any]) -> None:
         """A peer says where it is reached; only itself, because `peer` is authenticated."""
@@ -346,71 +450,17 @@ class Membership:
             deadline=self._clock.monotonic() + _CALL_S,
         )
 
-    # -- what was seen last ---------------------------------------------------------------
+    # -- views --------------------------------------------------------------------------
 
-    def _load_view(self) -> View | None:
-        if not self._disk.exists(_VIEW_FILE):
-            return None
-        file = self._disk.open(_VIEW_FILE)
-        try:
-            wire = msgpack.unpackb(file.pread(file.size(), 0))
-            view, voters = View.from_wire(wire), tuple(wire["voters"])
-        # A damaged copy is no loss: the meta group has the original.
-        except (*_UNREADABLE, OSError) as error:
-            log.warning("cannot read the kept shard map (%s); asking the cluster", error)
-            return None
-        finally:
-            file.close()
-        if voters != self._voters:
-            raise ConfigError(
-                f"With these [cluster.nodes], {', '.join(self._voters)} would vote on what the "
-                f"cluster is, but {', '.join(voters)} founded it: two majorities could decide two "
-                "things. Give [cluster.nodes] as it was then; only addresses may change."
-            )
-        return view
+    @property
+    def leads(self) -> bool:
+        """Whether this node leads the meta group: it then conducts the changes of shards."""
+        return self._meta is not None and self._meta.is_leader and self.view is not None
 
-    def _save_view(self, view: View) -> None:
-        try:
-            file = self._disk.open(_VIEW_FILE + ".new", create=True)
-            try:
-                data: bytes = msgpack.packb(view.to_wire() | {"voters": self._voters})
-                file.truncate(0)
-                file.pwrite(data, 0)
-                file.datasync()
-            finally:
-                file.close()
-            self._disk.rename(_VIEW_FILE + ".new", _VIEW_FILE)
-            self._disk.sync_dir("")
-        except OSError as error:
-            log.warning("cannot keep a copy of the shard map: %s", error)
-
-    # -- leaders ------------------------------------------------------------------------
-
-    async def _balance(self) -> None:
-        """Give the leadership of a shard to the node that the map prefers, one at a time."""
-        while True:
-            await asyncio.sleep(_SETTLED_POLL_S / 2)
-            view = self.view
-            if view is None:
-                continue
-            now = self._clock.monotonic()
-            if not all(self._routing.is_connected(node) for node in self._all):
-                self._last_trouble_s = now
-            if now - self._last_trouble_s < _TRANSFER_QUIET_S:
-                continue
-            for shard_id, local in list(self._routing.local.items()):
-                home = local.info.preferred_leader
-                if not local.group.is_leader or home == self._node_id:
-                    continue
-                status = local.group.status()
-                if status.last_index - status.match_index.get(home, 0) > _TRANSFER_LAG_MAX:
-                    continue
-                try:
-                    await local.group.transfer(home, deadline=now + _CALL_S)
-                    log.info("gave the leadership of %s to %s", shard_id, home)
-                except AgentMemError as error:
-                    log.info("%s keeps the leadership of %s: %s", self._node_id, shard_id, error)
-                break
+    @property
+    def nodes(self) -> list[str]:
+        """Every node of the cluster, as far as is known."""
+        return self._configured if self.view is None else sorted(self.view.map.nodes())
 
     def meta_status(self) -> dict[str, Any] | None:
         """The meta group as this node sees it; None when it does not vote."""
@@ -432,3 +482,10 @@ class Membership:
                 hint="It is still starting, or cannot reach a majority of the cluster.",
             )
         return self.view
+
+
+def _outcome(result: Any) -> Outcome:
+    """A command that came after the group's seal was certainly not done."""
+    if not isinstance(result, Outcome):
+        raise NotLeader("The meta group is moving to other voters.")
+    return result

@@ -17,8 +17,7 @@ from typing import Any
 from agentmem_cluster.errors import AgentMemError, ModelUnavailable, NotLeader, Unavailable
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.link.link import Link
-from agentmem_cluster.meta import NodeInfo
-from agentmem_cluster.raft.api import GroupSpec
+from agentmem_cluster.meta import LEVEL, NodeInfo
 from agentmem_cluster.raft.host import Host
 from agentmem_cluster.raft.settings import RaftSettings
 from agentmem_cluster.realtime import RealClock, RealDisk, RealRng
@@ -34,13 +33,17 @@ from agentmem_node.observe.snapshot import NodeSnapshot
 from agentmem_node.providers.base import EmbeddingProvider
 from agentmem_node.providers.registry import identity_of, open_provider
 from agentmem_node.security.keys import KeyTable
+from agentmem_node.service.admission import open_record
+from agentmem_node.service.balance import balance_leaders
 from agentmem_node.service.certificates import load_certificates
+from agentmem_node.service.changes import Changes
 from agentmem_node.service.contract import Caller
 from agentmem_node.service.datadir import DataDir
 from agentmem_node.service.fanout import FanOut
-from agentmem_node.service.membership import Membership, View
+from agentmem_node.service.membership import Membership
 from agentmem_node.service.read import Reads
-from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.service.replicas import Replicas
+from agentmem_node.service.routing import Routing
 from agentmem_node.service.search import Searches
 from agentmem_node.service.status import Status
 from agentmem_node.service.write import Writes
@@ -80,6 +83,7 @@ class Node:
         self._link: Link | None = None
         self._journal: Journal | None = None
         self._membership: Membership | None = None
+        self._replicas: Replicas | None = None
         self._embedder: EmbeddingProvider | None = None
         self._text: TextEngine | None = None
         # All shards of the node share them: memory for blocks, and the thread that builds graphs.
@@ -188,9 +192,29 @@ class Node:
             on_fatal=self._fatal,
         )
         own = config.cluster.nodes.get(self.node_id)
+        record = open_record(disk, self._journal.groups(), self._rng)
+        for group, epoch in self._journal.groups():
+            held = record.held.get(group)
+            if held is None or held.epoch != epoch:
+                self._host.core.drop_log(group, epoch)  # a crash came before it was dropped
+        model = identity_of(config.embedding.provider, config.embedding.dim)
+        self._replicas = Replicas(
+            self.node_id,
+            path / "shards",
+            disk,
+            record,
+            host=self._host,
+            link=self._link,
+            routing=self._routing,
+            clock=self.clock,
+            open_shard=partial(self._open_shard, model.dim),
+            copy_bytes_per_s=config.storage.copy_bytes_per_s,
+            on_fatal=self._fatal,
+        )
         self._membership = Membership(
             config,
             disk=disk,
+            record=record,
             host=self._host,
             link=self._link,
             clock=self.clock,
@@ -200,8 +224,11 @@ class Node:
                 peer="" if own is None else own.peer,
                 http=(own.http if own is not None else "") or f"http://{config.node.listen}",
                 version=Status.VERSION,
+                incarnation=record.incarnation,
+                zone=config.node.zone,
+                level=LEVEL,
             ),
-            on_view=self._reconcile,
+            replicas=self._replicas,
             may_found=self._may_found,
             on_fatal=self._fatal,
         )
@@ -211,7 +238,23 @@ class Node:
         self._check_disk(disk)
         self._tasks.append(asyncio.create_task(self._watch_disk(disk), name="disk-watch"))
         # The journal's groups must exist before frames arrive for them.
-        await self._membership.start(identity_of(config.embedding.provider, config.embedding.dim))
+        self._replicas.start()
+        await self._membership.start(model)
+        self.changes = Changes(
+            self.node_id,
+            self._membership,
+            self._replicas,
+            self._routing,
+            self._link,
+            self.clock,
+        )
+        self._tasks.append(asyncio.create_task(self.changes.run(), name="changes"))
+        self._tasks.append(
+            asyncio.create_task(
+                balance_leaders(self.node_id, self._membership, self._routing, self.clock),
+                name="leader-balance",
+            )
+        )
         await self._host.start()
         if self._link is not None:
             try:
@@ -282,30 +325,21 @@ class Node:
 
     # -- shards ---------------------------------------------------------------------------
 
-    async def _reconcile(self, view: View) -> None:
-        """Open the shards that the map places here."""
-        assert self._host is not None
-        assert self._data is not None
-        for info in view.map.shards.values():
-            if self.node_id not in info.members or info.id in self._routing.local:
-                continue
-            shard = Shard.open(
-                self._data.path / "shards" / f"{info.id}-e{info.epoch}",
-                info.id,
-                dim=view.model.dim,
-                map_size=self.config.storage.map_bytes,
-                index_factory=partial(
-                    ShardIndex,
-                    shard_id=info.id,
-                    text_engine=self._text,
-                    dim=view.model.dim,
-                    budget=self._blocks,
-                    graphs=self._graphs,
-                ),
-            )
-            spec = GroupSpec(info.id, info.epoch, info.members, info.preferred_leader)
-            group = self._host.add_group(spec, shard)
-            self._routing.local[info.id] = LocalShard(info, group, shard)
+    def _open_shard(self, dim: int, shard_id: str, folder: Path) -> Shard:
+        return Shard.open(
+            folder,
+            shard_id,
+            dim=dim,
+            map_size=self.config.storage.map_bytes,
+            index_factory=partial(
+                ShardIndex,
+                shard_id=shard_id,
+                text_engine=self._text,
+                dim=dim,
+                budget=self._blocks,
+                graphs=self._graphs,
+            ),
+        )
 
     # -- the disk -------------------------------------------------------------------------
 
@@ -349,12 +383,14 @@ class Node:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._membership is not None:
             await self._membership.stop()
+        if self._replicas is not None:
+            await self._replicas.stop()
         if self._host is not None:
             await self._host.stop(transfer=False)
         if self._link is not None:
             await self._link.close()
-        for local in getattr(self, "_routing", Routing("", None, self.clock)).local.values():
-            local.shard.close()
+        if self._replicas is not None:
+            self._replicas.close()
         self._graphs.close()
         if self._text is not None:
             self._text.close()

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from agentmem_cluster.epochs.commands import Sealed
+from agentmem_cluster.epochs.machine import EpochMachine
 from agentmem_cluster.errors import (
     DeadlineExceeded,
     NoQuorum,
@@ -23,6 +25,7 @@ from agentmem_cluster.errors import (
     WrongShard,
 )
 from agentmem_cluster.link.link import Link
+from agentmem_cluster.raft.api import Applied
 from agentmem_cluster.raft.host import AsyncGroup
 from agentmem_cluster.runtime import Clock
 from agentmem_cluster.shardmap import ShardInfo, ShardMap
@@ -45,6 +48,22 @@ class LocalShard:
     info: ShardInfo
     group: AsyncGroup
     shard: Shard
+    machine: EpochMachine
+
+    async def propose(self, command: bytes, deadline: float) -> Applied:
+        """Replicate and apply a command. Raises WrongShard, certainly not done, when the epoch of
+        this replica has ended or has not begun: the caller tries again, wherever the shard is."""
+        if self.group.is_leader and not self.machine.accepts:
+            raise self._moving()
+        applied = await self.group.propose(command, deadline=deadline)
+        if isinstance(applied.result, Sealed):
+            raise self._moving()
+        return applied
+
+    def _moving(self) -> WrongShard:
+        return WrongShard(
+            f"Shard {self.info.id} is between two epochs.", hint="Retry: it takes a moment."
+        )
 
     async def build(self, query: SearchQuery) -> None:
         """Have in memory what the query's search needs, without holding up the loop meanwhile.
@@ -64,6 +83,8 @@ class Routing:
         self._clock = clock
         self._leader_hints: dict[str, str] = {}
         self._asked = 0
+        # Called when a peer knows a newer map than this node.
+        self.on_stale_map: Callable[[], None] = lambda: None
 
     # -- what is where ------------------------------------------------------------------
 
@@ -97,6 +118,11 @@ class Routing:
             leader = leaders.get(shard_id)
             if leader in info.members and shard_id not in self.local:
                 self._leader_hints[shard_id] = leader
+
+    def serve(self, local: LocalShard) -> None:
+        """A replica is served here from now on, instead of another epoch's perhaps."""
+        self.local[local.info.id] = local
+        self._leader_hints.pop(local.info.id, None)
 
     def check_epoch(self, shard_id: str, epoch: int) -> LocalShard:
         """The local replica that a peer's call names. Raises WrongShard when it is not here."""
@@ -156,6 +182,7 @@ class Routing:
                     self._leader_hints.pop(shard_id, None)
             except WrongShard:
                 self._leader_hints.pop(shard_id, None)
+                self.on_stale_map()
             except (Unavailable, Overloaded) as error:
                 went_away = type(error) is Unavailable or isinstance(error, ShuttingDown)
                 # A leader that just lost its majority has done nothing: the next one may.

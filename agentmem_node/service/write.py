@@ -437,7 +437,7 @@ class Writes:
     async def _replicate(
         self, local: LocalShard, tenant: str, command: bytes, deadline: float
     ) -> Written:
-        applied = await local.group.propose(command, deadline=deadline)
+        applied = await local.propose(command, deadline)
         result = applied.result
         if isinstance(result, Mismatch):
             raise Conflict(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +48,8 @@ class StorageSnapshot:
         self.checkpoint = checkpoint
         self.size_bytes = size_bytes
         self._unpin: Callable[[], None] | None = unpin
+        # A descriptor that is closed while another thread reads may be another file's by then.
+        self._lock = threading.Lock()
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     @property
@@ -63,7 +66,10 @@ class StorageSnapshot:
         if not 0 <= start < self.size_bytes:
             raise ValueError(f"chunk {number} is not within 0..{self.chunks - 1}")
         wanted = min(CHUNK_BYTES, self.size_bytes - start)
-        data = os.pread(self._fd, wanted, start)
+        with self._lock:
+            if self._unpin is None:
+                raise OSError(f"chunk {number}: the snapshot is closed")
+            data = os.pread(self._fd, wanted, start)
         if len(data) != wanted:
             raise OSError(f"chunk {number}: {len(data)} of {wanted} bytes could be read")
         metas = self.checkpoint.metas
@@ -72,10 +78,11 @@ class StorageSnapshot:
         return data
 
     def close(self) -> None:
-        if self._unpin is not None:
-            self._unpin()
-            self._unpin = None
-            os.close(self._fd)
+        with self._lock:
+            if self._unpin is not None:
+                self._unpin()
+                self._unpin = None
+                os.close(self._fd)
 
 
 class SnapshotWriter:

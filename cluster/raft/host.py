@@ -18,6 +18,7 @@ from agentmem_cluster.errors import (
     NotLeader,
     ShuttingDown,
     Unavailable,
+    WrongShard,
 )
 from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, GroupStatus, Role, StateMachine
 from agentmem_cluster.raft.checkpoints import CheckpointJob
@@ -233,7 +234,7 @@ class AsyncGroup:
 
     @property
     def is_leader(self) -> bool:
-        return self._core.is_leader(self._id)
+        return self._host.groups.get(self._id) is self and self._core.is_leader(self._id)
 
     @property
     def leader(self) -> str | None:
@@ -252,6 +253,7 @@ class AsyncGroup:
         NotLeader, Overloaded, TooLarge and DiskFull mean certainly not done; DeadlineExceeded
         and ShuttingDown mean unknown: retry under the same request id.
         """
+        self._check()
         future: asyncio.Future[Applied] = self._future()
         self._core.propose(self._id, command, _resolver(future))
         if not future.done():
@@ -261,6 +263,7 @@ class AsyncGroup:
 
     async def read_index(self, *, deadline: float) -> int:
         """An index applied here that is not older than anything acknowledged before the call."""
+        self._check()
         index = self._core.read_now(self._id)
         if index is not None:
             return index
@@ -273,6 +276,7 @@ class AsyncGroup:
 
     async def wait_applied(self, index: int, *, deadline: float) -> None:
         """Return once entry `index` is visible in this node's state machine."""
+        self._check()
         if self.machine.applied_index >= index:
             return
         future: asyncio.Future[int] = self._future()
@@ -308,6 +312,14 @@ class AsyncGroup:
             self._core.transfer(self._id, to)
             self._host.wake()
             await asyncio.sleep(0.01)
+
+    def _check(self) -> None:
+        """The group of another epoch may have taken this one's place."""
+        if self._host.groups.get(self._id) is not self and not self._host._stopped:
+            raise WrongShard(
+                f"epoch {self.spec.epoch} of group {self._id} is no longer served here",
+                hint="Refresh the shard map.",
+            )
 
     def _future(self) -> asyncio.Future[Any]:
         loop = self._host._loop

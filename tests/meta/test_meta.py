@@ -246,5 +246,5 @@ def test_a_node_that_cannot_be_is_a_value_error(wire: Any) -> None:
 
 
 def test_fields_of_a_later_version_are_ignored() -> None:
-    assert NodeInfo.from_wire({**INFO.to_wire(), "zone": "eu"}) == INFO
+    assert NodeInfo.from_wire({**INFO.to_wire(), "rack": "eu"}) == INFO
     assert ClusterSettings.from_wire({**SETTINGS.to_wire(), "x": 1}) == SETTINGS

@@ -12,6 +12,7 @@ from typing import Any, cast
 import msgpack
 import pytest
 
+from agentmem_cluster.epochs.record import LocalRecord
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import NodeInfo
 from agentmem_cluster.raft.host import Host
@@ -19,13 +20,10 @@ from agentmem_cluster.realtime import RealClock, RealDisk, RealRng
 from agentmem_cluster.shardmap import ShardMap
 from agentmem_node.config import Config, ConfigError
 from agentmem_node.providers.base import ModelIdentity
-from agentmem_node.service.membership import (
-    Membership,
-    View,
-    WrongCluster,
-    WrongModel,
-)
+from agentmem_node.service.membership import Membership, WrongCluster, WrongModel
+from agentmem_node.service.replicas import Replicas
 from agentmem_node.service.routing import Routing
+from agentmem_node.service.view import View
 
 MODEL = ModelIdentity("none", 0, "")
 OTHER_MODEL = ModelIdentity("none", 4, "")
@@ -45,29 +43,33 @@ class Peers:
     def is_up(self, peer: str) -> bool:
         return True
 
+    def set_peers(self, peers: Any) -> None:
+        assert set(peers) == set(NODES)
+
     async def call(self, peer: str, method: str, body: Any, *, timeout: float) -> Any:
         return self.answer() if method == "meta.view" else None
 
 
 def follower(folder: Path, answer: Callable[[], Any], fatal: list[BaseException]) -> Membership:
-    async def on_view(_view: View) -> None:
-        pass
-
+    nodes = {name: SimpleNamespace(peer=f"127.0.0.1:{at}") for at, name in enumerate(NODES, 1)}
     config = SimpleNamespace(
-        node=SimpleNamespace(id="n4"), cluster=SimpleNamespace(nodes=dict.fromkeys(NODES))
+        node=SimpleNamespace(id="n4"), cluster=SimpleNamespace(nodes=nodes, join=False)
     )
+    # It opens no replicas: what it does with them is tested with real ones.
+    replicas = SimpleNamespace(learn=lambda shard_map, changes: None)
     clock = RealClock()
     link = cast("Link", Peers(answer))
     return Membership(
         cast("Config", config),
         disk=RealDisk(folder),
+        record=LocalRecord("disk of n4", is_admitted=True),
         host=cast("Host", None),
         link=link,
         clock=clock,
         rng=RealRng(),
         routing=Routing("n4", link, clock),
+        replicas=cast("Replicas", replicas),
         own=NodeInfo("", "", ""),
-        on_view=on_view,
         may_found=asyncio.Event(),
         on_fatal=fatal.append,
     )

@@ -10,8 +10,8 @@ import pytest
 from agentmem_cluster.shardmap import ShardMap
 from agentmem_node.config_keys import ApiKey
 from agentmem_node.providers.base import ModelIdentity
-from agentmem_node.service.membership import View
 from agentmem_node.service.status import Status
+from agentmem_node.service.view import View
 
 
 def status_of(tenants: list[str], needs_reseed: bool = False) -> Status:

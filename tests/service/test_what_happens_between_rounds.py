@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import msgspec
 import pytest
 
+from agentmem_cluster.epochs.machine import EpochMachine
 from agentmem_cluster.errors import InvalidField
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.raft.host import AsyncGroup
@@ -56,7 +57,8 @@ class Node:
         for info in routing.map.shards.values():
             shard = Shard.open(folder / info.id, info.id, dim=0, index_factory=ShardIndex)
             self.shards[info.id] = shard
-            routing.local[info.id] = LocalShard(info, cast("AsyncGroup", Led()), shard)
+            machine = EpochMachine(shard, 1)
+            routing.local[info.id] = LocalShard(info, cast("AsyncGroup", Led()), shard, machine)
         limits = Limits()
         fan_out = FanOut(routing, self.clock, 0.5)
         self.reads = Reads(routing, fan_out, clock=self.clock, limits=limits)

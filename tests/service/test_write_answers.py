@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from agentmem_cluster.epochs.machine import EpochMachine
 from agentmem_cluster.errors import (
     AgentMemError,
     BadRequest,
@@ -84,7 +85,7 @@ class Node:
             shard = Shard.open(folder / info.id, info.id, dim=0)
             group = Group(shard)
             self.groups.append(group)
-            local = LocalShard(info, cast("AsyncGroup", group), shard)
+            local = LocalShard(info, cast("AsyncGroup", group), shard, EpochMachine(shard, 1))
             self.routing.local[info.id] = local
         self.writes = Writes(
             self.routing,

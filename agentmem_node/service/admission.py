@@ -1,0 +1,64 @@
+"""Whether this node's disk is the one that the cluster knows, and what follows when it is not.
+
+A node that lost its disk has forgotten its votes. It may hold replicas again, but never of an
+epoch in which its old self may have taken part: all epochs that serve when it comes back are
+closed to it, and the cluster gives it a place in the next ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from agentmem_cluster.epochs.record import Held, LocalRecord
+from agentmem_cluster.epochs.replicas import folder_name
+from agentmem_cluster.raft.api import GROUP_META
+from agentmem_cluster.runtime import Disk, Rng
+from agentmem_node.service.view import View
+
+log = logging.getLogger("agentmem.membership")
+
+META_FOLDER = "meta"
+_INCARNATION_BYTES = 12
+
+
+def open_record(disk: Disk, logs: Iterable[tuple[str, int]], rng: Rng) -> LocalRecord:
+    """The record on this disk; a new one for a new disk. Raises RecordCorrupt, OSError.
+
+    `logs`: the groups in the journal. A version that kept no record left its groups there.
+    """
+    record = LocalRecord.load(disk)
+    if record is not None:
+        return record
+    record = LocalRecord(rng.token(_INCARNATION_BYTES).hex())
+    for group, epoch in logs:
+        record.is_admitted = True
+        folder = META_FOLDER if group == GROUP_META else folder_name(group, epoch)
+        record.hold(group, Held(epoch, folder))
+    record.save(disk)
+    return record
+
+
+def admit(record: LocalRecord, view: View, node_id: str, disk: Disk) -> bool:
+    """Compare this disk with what the cluster knows. Returns whether replicas were given up.
+
+    Raises OSError when the record cannot be written.
+    """
+    known = view.nodes.get(node_id)
+    is_known_disk = known is not None and known.incarnation == record.incarnation
+    # Versions before had no incarnations: a disk with their data is the one they knew.
+    is_old_disk = known is not None and known.incarnation == "" and record.is_admitted
+    if record.is_admitted and (known is None or is_known_disk or is_old_disk):
+        return False
+    if known is not None and not is_known_disk:
+        log.warning(
+            "the cluster knows node %s with another disk: what was on it is taken as lost, and is "
+            "copied from other nodes",
+            node_id,
+        )
+        for info in view.map.shards.values():
+            record.close(info.id, info.epoch)
+        record.close(GROUP_META, 1 if view.meta is None else view.meta.epoch)
+    record.is_admitted = True
+    record.save(disk)
+    return known is not None and not is_known_disk

@@ -1,0 +1,511 @@
+"""The replicas of this node while the cluster changes shape: copies them, opens them, lets them go.
+
+`agentmem_cluster.epochs.replicas` decides; this file opens folders, moves bytes and talks to peers.
+A node that the map gives a replica which it does not have copies it by itself: nobody has to ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from agentmem_cluster.epochs.change import Change
+from agentmem_cluster.epochs.commands import Begin, Seal, encode
+from agentmem_cluster.epochs.fence import is_fenced
+from agentmem_cluster.epochs.machine import EpochAware, EpochMachine
+from agentmem_cluster.epochs.record import LocalRecord
+from agentmem_cluster.epochs.replicas import ReplicaSet, Served, Staged
+from agentmem_cluster.epochs.reports import Staging
+from agentmem_cluster.errors import AgentMemError, BadRequest, NotLeader, Unavailable
+from agentmem_cluster.link.link import Link
+from agentmem_cluster.raft.api import Entry
+from agentmem_cluster.raft.applying import LogBehind
+from agentmem_cluster.raft.host import AsyncGroup, Host
+from agentmem_cluster.runtime import Clock, Disk
+from agentmem_cluster.shardmap import ShardInfo, ShardMap
+from agentmem_node.engine.shard import Shard
+from agentmem_node.service.copying import Pace, Paused, Sources, asker, receive, tail
+from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.storage.checkpoint import StorageDamaged
+from agentmem_node.storage.snapshot import discard, partial_folder
+
+log = logging.getLogger("agentmem.replicas")
+
+_IDLE_S: Final = 0.25
+_BUSY_S: Final = 0.01
+_TAIL_POLL_S: Final = 0.01
+_RETRY_S: Final = 1.0
+_DURABLE_EVERY_S: Final = 1.0
+_CALL_S: Final = 2.0
+# A replica that left may still answer requests that began before.
+_LINGER_S: Final = 3.0
+
+OpenShard = Callable[[str, Path], Shard]
+
+
+class Replicas:
+    def __init__(
+        self,
+        node_id: str,
+        folder: Path,
+        disk: Disk,
+        record: LocalRecord,
+        *,
+        host: Host,
+        link: Link | None,
+        routing: Routing,
+        clock: Clock,
+        open_shard: OpenShard,
+        copy_bytes_per_s: int,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        """`open_shard(id, folder)`: with everything that a served shard has."""
+        self._node_id = node_id
+        self._folder = folder
+        self._host = host
+        self._link = link
+        self._routing = routing
+        self._clock = clock
+        self._open_shard = open_shard
+        self._copy_bytes_per_s = copy_bytes_per_s
+        self._on_fatal = on_fatal
+        self.set = ReplicaSet(
+            node_id,
+            disk,
+            record,
+            _Groups(host),
+            self,
+            on_served=self._served,
+            on_gone=self._gone,
+            on_change=self.poke,
+        )
+        self.lost: dict[str, str] = {}  # shard -> why its replica here is of no use
+        self._record = record
+        self._disk = disk
+        self._sources = Sources(self._local, clock)
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._copies: dict[str, asyncio.Task[None]] = {}
+        self._begins: dict[str, asyncio.Task[None]] = {}
+        self._retry_s: dict[str, float] = {}
+        self._lingering: list[tuple[float, Shard, Path | None]] = []
+        self._handlers: dict[str, Callable[..., Any]] = {
+            "replica.open": self._sources.on_open,
+            "replica.chunk": self._sources.on_chunk,
+            "replica.release": self._sources.on_release,
+            "replica.tail": self._sources.on_tail,
+            "replica.report": self._on_report,
+            "replica.stage": self._on_stage,
+            "replica.checkpoint": self._on_checkpoint,
+            "replica.seal": self._on_seal,
+            "replica.close": self._on_close,
+        }
+        # How a peer's view of the cluster is taken over; set by the membership.
+        self.learn_view: Callable[[Any], Any] = lambda wire: None
+        self.view_wire: Callable[[], Any] = lambda: None
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        if self._link is not None:
+            for method, handler in self._handlers.items():
+                self._link.register(method, handler)
+        self._tidy_up()
+        self._tasks.append(asyncio.create_task(self._drive(), name="replicas"))
+
+    async def stop(self) -> None:
+        tasks = [*self._tasks, *self._copies.values(), *self._begins.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Close every shard; the groups are stopped."""
+        for local in self._routing.local.values():
+            local.shard.close()
+        for staged in self.set.staged.values():
+            if staged.machine is not None:
+                staged.machine.close()
+        for _, shard, _ in self._lingering:
+            shard.abandon()
+
+    def learn(self, shard_map: ShardMap, changes: dict[str, Change]) -> None:
+        self.set.learn(shard_map, changes)
+        self.poke()
+
+    def poke(self) -> None:
+        """Something may be possible now that was not before."""
+        self._wake.set()
+
+    # -- States: where ReplicaSet gets its state machines from ------------------------------------
+
+    def open(self, shard: str, folder: str) -> EpochAware:
+        return self._open_shard(shard, self._folder / folder)
+
+    def release(self, shard: str, folder: str, state: EpochAware) -> None:
+        assert isinstance(state, Shard)
+        until_s = self._clock.monotonic() + _LINGER_S
+        self._lingering.append((until_s, state, self._folder / folder))
+
+    def rebase(self, state: EpochAware, index: int) -> None:
+        assert isinstance(state, Shard)
+        state.rebase(index)
+
+    def _served(self, served: Served, group: AsyncGroup) -> None:
+        shard = served.machine.inner
+        assert isinstance(shard, Shard)
+        self.lost.pop(served.info.id, None)
+        self._routing.serve(LocalShard(served.info, group, shard, served.machine))
+        self.poke()
+
+    def _gone(self, shard: str) -> None:
+        self._routing.local.pop(shard, None)
+
+    # -- what is to be done by itself ------------------------------------------------------------
+
+    async def _drive(self) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._wake.wait(), _BUSY_S if self._is_busy() else _IDLE_S)
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            try:
+                self._step()
+            except OSError as error:
+                log.warning("cannot change what this node holds: %s; trying again", error)
+
+    def _is_busy(self) -> bool:
+        if any(not served.machine.has_begun for served in self.set.served.values()):
+            return True
+        return any(change.base is not None for change in self.set.changes.values())
+
+    def _step(self) -> None:
+        self.settle()
+        now_s = self._clock.monotonic()
+        for shard, served in self.set.served.items():
+            local = self._routing.local.get(shard)
+            if local is None or served.machine.has_begun or not local.group.is_leader:
+                continue
+            if shard not in self._begins:
+                task = asyncio.create_task(self._begin(local, served), name=f"begin-{shard}")
+                self._begins[shard] = task
+                task.add_done_callback(partial(self._begin_ended, shard))
+        for info in self.set.wanted():
+            if info.id not in self._copies and now_s >= self._retry_s.get(info.id, 0.0):
+                self._retry_s[info.id] = now_s + _RETRY_S
+                source = self._serving_member(info)
+                if source is not None:
+                    self._start_copy(self.set.begin_copy(info, "", info.epoch), info.id, source)
+        if self.set.map is not None:
+            for staged in self.set.drop_copies(list(self.set.staged.values())):
+                self._drop(staged)
+        self._sources.expire()
+        self._close_lingering(now_s)
+
+    def _begin_ended(self, shard: str, _: asyncio.Task[None]) -> None:
+        self._begins.pop(shard, None)
+
+    def settle(self) -> None:
+        """Take part in what can be taken part in. A replica that is of no use is put aside: the
+        cluster gives this node another."""
+        while True:
+            try:
+                self.set.settle()
+                return
+            except (LogBehind, StorageDamaged) as error:
+                shard = self._shard_that_failed()
+                if shard is None:
+                    raise
+                log.error("the replica of %s here is of no use: %s", shard, error)
+                self.lost[shard] = str(error)
+                held = self._record.held[shard]
+                self._record.close(shard, held.epoch)
+                self._record.save(self._disk)
+
+    def _shard_that_failed(self) -> str | None:
+        """`settle` goes through the shards in order: the first that is held but not served."""
+        for shard in sorted(self._record.held):
+            if shard not in self.set.served:
+                return shard
+        return None
+
+    def _serving_member(self, info: ShardInfo) -> str | None:
+        leader = self._routing.leader_of(info.id)
+        members = sorted(info.members, key=lambda m: m == leader)
+        for member in members:
+            if member != self._node_id and self._routing.is_connected(member):
+                return member
+        return None
+
+    def _close_lingering(self, now_s: float) -> None:
+        rest = []
+        for until_s, shard, folder in self._lingering:
+            if until_s > now_s:
+                rest.append((until_s, shard, folder))
+                continue
+            shard.abandon()
+            if folder is not None and folder.name not in self.set.folders_in_use():
+                self._discard(folder)
+        self._lingering = rest
+
+    def _discard(self, folder: Path) -> None:
+        try:
+            discard(folder)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", folder, error)
+
+    def _tidy_up(self) -> None:
+        """Folders that a crash left behind: copies are kept to go on with, all else is removed."""
+        if not self._folder.is_dir():
+            return
+        in_use = self.set.folders_in_use()
+        for folder in sorted(self._folder.iterdir()):
+            name = folder.name.removesuffix(".partial")
+            if name in in_use or folder.name.endswith(".partial"):
+                continue
+            if folder.name.endswith((".gone", ".new")) or partial_folder(folder).exists():
+                self._discard(folder)
+            elif folder.is_dir():
+                folder.rename(partial_folder(folder))
+
+    # -- beginning an epoch ----------------------------------------------------------------------
+
+    async def _begin(self, local: LocalShard, served: Served) -> None:
+        """As the leader of an epoch: begin it, once the one before is closed."""
+        shard, info = served.info.id, served.info
+        change = next((c for c in self.set.changes.values() if c.target_of(shard) == info), None)
+        if change is None:
+            return
+        closed: set[str] = set()
+        while local.group.is_leader and not served.machine.has_begun:
+            await asyncio.gather(
+                *(
+                    self._ask_to_close(member, change, closed)
+                    for member in change.old_members
+                    if member not in closed
+                )
+            )
+            if is_fenced(change.old_members, closed):
+                deadline = self._clock.monotonic() + _CALL_S
+                try:
+                    await local.group.propose(encode(Begin(info.epoch)), deadline=deadline)
+                except AgentMemError as error:
+                    log.info("epoch %d of %s does not begin yet: %s", info.epoch, shard, error)
+                continue
+            await asyncio.sleep(_BUSY_S)
+
+    async def _ask_to_close(self, member: str, change: Change, closed: set[str]) -> None:
+        if member == self._node_id:
+            if self.set.close(change.shard, change.from_epoch):
+                closed.add(member)
+            return
+        if self._link is None or not self._routing.is_connected(member):
+            return
+        body = {"shard": change.shard, "epoch": change.from_epoch, "view": self.view_wire()}
+        try:
+            if await self._link.call(member, "replica.close", body, timeout=_CALL_S):
+                closed.add(member)
+        except AgentMemError as error:
+            log.debug("%s has not closed %s: %s", member, change.shard, error)
+
+    async def _on_close(self, _peer: str, body: dict[str, Any]) -> bool:
+        """`replica.close`: the next epoch is founded; see that nobody reads the old one here."""
+        await self.learn_view(body["view"])
+        return self.set.close(body["shard"], body["epoch"])
+
+    # -- what the conductor asks -----------------------------------------------------------------
+
+    async def _on_report(self, _peer: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self.set.report(Change.from_wire(body["change"])).to_wire()
+
+    async def _on_checkpoint(self, _peer: str, body: dict[str, Any]) -> None:
+        self._local(body["shard"], body["epoch"]).group.checkpoint_soon()
+
+    async def _on_seal(self, _peer: str, body: dict[str, Any]) -> None:
+        local = self._local(body["shard"], body["epoch"])
+        if not local.machine.is_sealed:
+            deadline = self._clock.monotonic() + _CALL_S
+            await local.group.propose(encode(Seal(body["epoch"])), deadline=deadline)
+
+    async def _on_stage(self, _peer: str, body: dict[str, Any]) -> None:
+        """`replica.stage`: begin to copy, or go on with another source."""
+        change = Change.from_wire(body["change"])
+        target = change.target_of(body["shard"])
+        if target is None or self._node_id not in target.members:
+            raise BadRequest(f"Node {self._node_id} is not to have {body['shard']}.")
+        if not self._record.is_admitted:
+            raise Unavailable(f"Node {self._node_id} has not been admitted yet.")
+        running = self._copies.get(target.id)
+        staged = self.set.staged.get(target.id)
+        if running is not None and not running.done():
+            if staged is not None and staged.info == target:
+                return
+            running.cancel()
+        if staged is None or staged.info != target or staged.machine is None:
+            staged = self.set.begin_copy(target, change.id, change.from_epoch)
+        self._start_copy(staged, change.shard, body["source"])
+
+    async def stage_here(self, body: dict[str, Any]) -> None:
+        await self._on_stage(self._node_id, body)
+
+    @property
+    def handlers(self) -> dict[str, Callable[..., Any]]:
+        """By method; for calls of this node to itself."""
+        return self._handlers
+
+    # -- copying ---------------------------------------------------------------------------------
+
+    def _start_copy(self, staged: Staged, shard: str, source: str) -> None:
+        task = asyncio.create_task(self._copy(staged, shard, source), name=f"copy-{staged.info.id}")
+        self._copies[staged.info.id] = task
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if self._copies.get(staged.info.id) is task:
+                del self._copies[staged.info.id]
+
+        task.add_done_callback(ended)
+
+    async def _copy(self, staged: Staged, shard: str, source: str) -> None:
+        """Copy `shard` from `source` and follow its log, until the copy is of use or fails."""
+        folder = self._folder / staged.folder
+        here = self._handlers if source == self._node_id else None
+        if here is None and self._link is None:
+            return
+        ask = asker(self._link.call if self._link is not None else _no_link, source, here)
+        staged.state, staged.error = Staging.COPYING, ""
+        try:
+            if staged.machine is None:
+                await self._receive(staged, shard, folder, ask)
+            await self._follow(staged, shard, ask)
+        except Paused as error:
+            # What is here is of an older log: the next attempt compares it, chunk by chunk.
+            self._put_aside(staged, folder)
+            self._fail(staged, source, error)
+        except (AgentMemError, OSError, ValueError, KeyError) as error:
+            self._fail(staged, source, error)
+
+    def _fail(self, staged: Staged, source: str, error: Exception) -> None:
+        staged.state, staged.error = Staging.FAILED, str(error)
+        log.warning("copying %s from %s: %s; trying again", staged.info.id, source, error)
+        if not staged.change_id and self.set.staged.get(staged.info.id) is staged:
+            del self.set.staged[staged.info.id]  # so that it is wanted again
+            if staged.machine is not None:
+                self._put_aside(staged, self._folder / staged.folder)
+
+    async def _receive(self, staged: Staged, shard: str, folder: Path, ask: Any) -> None:
+        def progress(done: int, total: int) -> None:
+            staged.done_bytes, staged.total_bytes = done, total
+
+        begun_s = self._clock.monotonic()
+        if folder.exists():
+            self._put_aside(staged, folder)
+        pace = Pace(self._copy_bytes_per_s, self._clock)
+        _, term = await receive(ask, shard, staged.follows, folder, pace, progress)
+        took_s = self._clock.monotonic() - begun_s
+        log.info("copied %s: %s bytes in %.1f s", staged.info.id, f"{staged.total_bytes:,}", took_s)
+        state = self._open_shard(staged.info.id, folder)
+        staged.machine = EpochMachine(state, staged.follows)
+        staged.last_term = term
+
+    def _put_aside(self, staged: Staged, folder: Path) -> None:
+        """Let what is there serve the next attempt, chunk by chunk."""
+        if staged.machine is not None:
+            staged.machine.close()
+            staged.machine = None
+        if folder.exists():
+            self._discard(partial_folder(folder))
+            folder.rename(partial_folder(folder))
+
+    async def _follow(self, staged: Staged, shard: str, ask: Any) -> None:
+        machine = staged.machine
+        assert machine is not None
+        durable_s = 0.0
+        while self.set.staged.get(staged.info.id) is staged:
+            after = machine.inner.applied_index
+            entries, applied = await tail(ask, shard, staged.follows, after)
+            if self.set.staged.get(staged.info.id) is not staged:
+                return  # it became a replica meanwhile, or is not wanted any more
+            self._apply(staged, machine, entries)
+            if machine.is_sealed and staged.follows < staged.info.epoch:
+                await self._make_durable(machine)
+                staged.state = Staging.COMPLETE
+                self.settle()
+                return
+            if applied - machine.inner.applied_index > 0 and entries:
+                continue
+            staged.state = Staging.FOLLOWING
+            if staged.follows == staged.info.epoch:
+                await self._make_durable(machine)
+                self.settle()
+            elif self._clock.monotonic() >= durable_s:
+                await self._make_durable(machine)  # so that little is left after the seal
+                durable_s = self._clock.monotonic() + _DURABLE_EVERY_S
+            await asyncio.sleep(_TAIL_POLL_S)
+
+    def _apply(self, staged: Staged, machine: EpochMachine, entries: list[Entry]) -> None:
+        if not entries:
+            return
+        machine.apply(entries)
+        last = machine.inner.applied_index
+        staged.last_term = next(e.term for e in reversed(entries) if e.index == last)
+
+    async def _make_durable(self, machine: EpochMachine) -> None:
+        job = machine.checkpoint()
+        if job is not None:
+            await asyncio.to_thread(job.run)
+            machine.checkpoint_done(job)
+
+    def _drop(self, staged: Staged) -> None:
+        task = self._copies.get(staged.info.id)
+        if task is not None:
+            task.cancel()
+        if staged.machine is not None:
+            state = staged.machine.inner
+            assert isinstance(state, Shard)
+            self._lingering.append((self._clock.monotonic(), state, self._folder / staged.folder))
+        else:
+            self._discard(self._folder / staged.folder)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _local(self, shard: str, epoch: int) -> LocalShard:
+        """The replica here. Epoch -1: whichever it is. Raises WrongShard."""
+        local = self._routing.local.get(shard)
+        if local is not None and epoch == -1:
+            return local
+        return self._routing.check_epoch(shard, epoch)
+
+
+async def _no_link(*_: Any, **__: Any) -> Any:
+    raise NotLeader("This node runs alone.")
+
+
+class _Groups:
+    """The host, as `ReplicaSet` sees it."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def add_group(self, spec: Any, machine: Any) -> AsyncGroup:
+        return self._host.add_group(spec, machine)
+
+    def remove_group(self, group_id: str) -> None:
+        self._host.remove_group(group_id)
+
+    def drop_log(self, group_id: str, epoch: int) -> None:
+        self._host.drop_log(group_id, epoch)
+
+    def checkpoint_soon(self, group_id: str) -> None:
+        self._host.core.checkpoint_soon(group_id)
+        self._host.wake()
+
+    def status(self, group_id: str) -> Any:
+        return self._host.core.status(group_id)
+
+    def term_at(self, group_id: str, index: int) -> int:
+        return self._host.core.term_at(group_id, index)

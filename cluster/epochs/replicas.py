@@ -1,0 +1,404 @@
+"""The replicas of one node, as the shard map moves them: which epochs it takes part in. No I/O but
+the node's own record.
+
+    learn(map, changes)   the node has heard of a newer map: what can be done at once is done
+    report(change)        what the conductor asks
+    close(shard, epoch)   the next epoch's leader asks: may nobody here confirm a read any more?
+    wanted()              replicas that the map gives this node and that it must copy first
+
+How the bytes of a copy get here is another's business (`Staged` is only told how far it is).
+Whatever changes what this node takes part in stands in its `LocalRecord`, synced, before it
+happens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agentmem_cluster.epochs.change import Base, Change, Phase
+from agentmem_cluster.epochs.machine import EpochAware, EpochMachine
+from agentmem_cluster.epochs.record import Held, LocalRecord
+from agentmem_cluster.epochs.reports import (
+    NewReplica,
+    OldReplica,
+    Report,
+    StagedReplica,
+    Staging,
+)
+from agentmem_cluster.raft.api import GroupSpec, GroupStatus, StateMachine
+from agentmem_cluster.runtime import Disk
+from agentmem_cluster.shardmap import ShardInfo, ShardMap
+
+log = logging.getLogger("agentmem.replicas")
+
+
+class Groups(Protocol):
+    """The node's Raft groups: `raft.host.Host`, or `raft.core.NodeCore` in the simulator."""
+
+    def add_group(self, spec: GroupSpec, machine: StateMachine) -> Any: ...
+    def remove_group(self, group_id: str) -> Any: ...
+    def drop_log(self, group_id: str, epoch: int) -> None: ...
+    def checkpoint_soon(self, group_id: str) -> None: ...
+    def status(self, group_id: str) -> GroupStatus: ...
+    def term_at(self, group_id: str, index: int) -> int: ...
+
+
+class States(Protocol):
+    """Where the replicas' states live."""
+
+    def open(self, shard: str, folder: str) -> EpochAware:
+        """The state in a folder; a new, empty one when there is none."""
+        ...
+
+    def release(self, shard: str, folder: str, state: EpochAware) -> None:
+        """Nobody takes part with it any more: it may be closed, and its folder removed."""
+        ...
+
+    def rebase(self, state: EpochAware, index: int) -> None:
+        """Let the applied index of a restored state be `index`, where its new log begins."""
+        ...
+
+
+@dataclass(slots=True)
+class Served:
+    """A replica that takes part in its epoch."""
+
+    info: ShardInfo
+    spec: GroupSpec
+    machine: EpochMachine
+    folder: str
+    seal: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class Staged:
+    """A copy on its way to be a replica of `info`. `follows`: the epoch whose log it applies."""
+
+    info: ShardInfo
+    change_id: str  # "" when the node copies by itself what the map gives it
+    follows: int
+    folder: str
+    state: Staging = Staging.COPYING
+    machine: EpochMachine | None = None
+    last_term: int = 0  # of the last entry applied
+    done_bytes: int = 0
+    total_bytes: int = 0
+    error: str = ""
+
+
+class ReplicaSet:
+    def __init__(
+        self,
+        node_id: str,
+        disk: Disk,
+        record: LocalRecord,
+        groups: Groups,
+        states: States,
+        *,
+        on_served: Callable[[Served, Any], None] = lambda served, group: None,
+        on_gone: Callable[[str], None] = lambda shard: None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_served` gets what `add_group` returned; `on_change` is called when an epoch began or
+        ended in the log of a replica."""
+        self.node_id = node_id
+        self.record = record
+        self.served: dict[str, Served] = {}
+        self.staged: dict[str, Staged] = {}
+        self.map: ShardMap | None = None
+        self.changes: Mapping[str, Change] = {}
+        self._disk = disk
+        self._groups = groups
+        self._states = states
+        self._on_served = on_served
+        self._on_gone = on_gone
+        self._on_change = on_change
+
+    # -- what the map says ---------------------------------------------------------------------
+
+    def learn(self, shard_map: ShardMap, changes: Mapping[str, Change]) -> None:
+        """Take part in what the map gives this node, as far as it can; leave what it takes away.
+
+        Raises OSError when the record cannot be written: then nothing more was changed.
+        """
+        self.map = shard_map
+        self.changes = changes
+        for shard in sorted({*shard_map.shards, *self.served, *self.record.held}):
+            self._settle(shard)
+
+    def settle(self) -> None:
+        """Again what `learn` could not do yet: a copy or a checkpoint may be ready now."""
+        for shard, served in self.served.items():
+            machine = served.machine
+            if machine.is_sealed and machine.durable_index < machine.inner.applied_index:
+                self._groups.checkpoint_soon(shard)  # the next epoch waits for it
+        if self.map is not None:
+            self.learn(self.map, self.changes)
+
+    def _settle(self, shard: str) -> None:
+        assert self.map is not None
+        info = self.map.shards.get(shard)
+        served = self.served.get(shard)
+        held = self.record.held.get(shard)
+        if served is None and held is not None:
+            self._open_held(shard, held, info)
+            served = self.served.get(shard)
+        if info is None:
+            return
+        if served is not None and served.info.epoch == info.epoch:
+            served.info = info  # another preferred leader, perhaps
+            return
+        if served is not None and served.info.epoch > info.epoch:
+            return  # an older map, late
+        if self.node_id not in info.members:
+            if served is not None:
+                self._leave(shard, info.epoch - 1)
+            return
+        if served is None and held is None and info.epoch == 1 and self._may_hold(shard, 1):
+            folder = folder_name(shard, 1)
+            self._take_part(info, folder, self._states.open(shard, folder), Base(0, 0))
+            return
+        base = self._base_of(info)
+        staged = self.staged.get(shard)
+        if staged is not None and staged.info.epoch == info.epoch:
+            self._use_staged(info, staged, base)
+        elif served is not None and base is not None and self._keeps_its_state(info):
+            self._go_on(served, info, base)
+
+    def _open_held(self, shard: str, held: Held, info: ShardInfo | None) -> None:
+        """After a start: take part again in what the record says."""
+        change = self.changes.get(shard)
+        if info is not None and info.epoch == held.epoch:
+            members, preferred = info.members, info.preferred_leader
+            shown = info
+        elif change is not None and change.from_epoch == held.epoch and info is not None:
+            members, preferred = change.old_members, change.old_members[0]
+            shown = ShardInfo(shard, held.epoch, members, preferred, info.slot_start, info.slot_end)
+        elif info is not None and info.epoch > held.epoch:
+            # The map moved on while this node was away: that epoch is over.
+            self._close(shard, info.epoch - 1)
+            return
+        else:
+            return  # the kept map is older than the record: a newer one will come
+        spec = GroupSpec(shard, held.epoch, members, preferred, held.base_index, held.base_term)
+        self._serve(shown, spec, held.folder, self._states.open(shard, held.folder))
+
+    def _base_of(self, info: ShardInfo) -> Base | None:
+        for change in self.changes.values():
+            if change.phase is Phase.FOUNDED and change.target_of(info.id) == info:
+                return change.base
+        return None
+
+    def _keeps_its_state(self, info: ShardInfo) -> bool:
+        change = self.changes.get(info.id)
+        return change is not None and change.keeps_its_state(self.node_id, info.id)
+
+    def _may_hold(self, shard: str, epoch: int) -> bool:
+        return self.record.may_take_part(shard, epoch)
+
+    # -- taking part, and leaving --------------------------------------------------------------
+
+    def _go_on(self, served: Served, info: ShardInfo, base: Base) -> None:
+        """With the replica that is here, once it has the final state on disk."""
+        machine = served.machine
+        if not machine.is_sealed or machine.inner.applied_index != base.index:
+            return
+        if machine.durable_index < base.index:
+            return
+        self._take_part(info, served.folder, machine.inner, base)
+
+    def _use_staged(self, info: ShardInfo, staged: Staged, base: Base | None) -> None:
+        machine = staged.machine
+        if machine is None or machine.durable_index < machine.inner.applied_index:
+            return
+        if not self._may_hold(info.id, info.epoch):
+            return
+        if staged.follows == info.epoch:
+            # It copied from a member of this very epoch: its log begins where the copy ends.
+            if staged.state is not Staging.FOLLOWING:
+                return
+            base = Base(machine.inner.applied_index, staged.last_term)
+        elif base is None or staged.state is not Staging.COMPLETE:
+            return
+        del self.staged[info.id]
+        if machine.inner.applied_index != base.index:
+            self._states.rebase(machine.inner, base.index)
+        self._take_part(info, staged.folder, machine.inner, base)
+
+    def _take_part(self, info: ShardInfo, folder: str, state: EpochAware, base: Base) -> None:
+        before = self.served.get(info.id)
+        self.record.hold(info.id, Held(info.epoch, folder, base.index, base.term))
+        self.record.save(self._disk)
+        if before is not None:
+            self._stop(before)
+            if before.machine.inner is not state:
+                self._states.release(info.id, before.folder, before.machine.inner)
+        spec = GroupSpec(
+            info.id, info.epoch, info.members, info.preferred_leader, base.index, base.term
+        )
+        self._serve(info, spec, folder, state)
+        log.info("takes part in epoch %d of %s from entry %d on", info.epoch, info.id, base.index)
+
+    def _serve(self, info: ShardInfo, spec: GroupSpec, folder: str, state: EpochAware) -> None:
+        machine = EpochMachine(state, info.epoch, on_change=self._on_change)
+        served = self.served[info.id] = Served(info, spec, machine, folder)
+        try:
+            group = self._groups.add_group(spec, machine)
+        except BaseException:
+            del self.served[info.id]
+            raise
+        self._on_served(served, group)
+
+    def _stop(self, served: Served) -> None:
+        self._groups.remove_group(served.info.id)
+        self._groups.drop_log(served.info.id, served.info.epoch)
+        self.served.pop(served.info.id, None)
+
+    def _leave(self, shard: str, epoch: int) -> None:
+        """The map gives the shard to others."""
+        served = self.served[shard]
+        self._close(shard, epoch)
+        log.info("leaves %s, which is at epoch %d elsewhere", shard, epoch + 1)
+        self._states.release(shard, served.folder, served.machine.inner)
+
+    def _close(self, shard: str, epoch: int) -> None:
+        self.record.close(shard, epoch)
+        self.record.save(self._disk)
+        served = self.served.get(shard)
+        if served is not None:
+            self._stop(served)
+            self._on_gone(shard)
+
+    # -- what others ask -----------------------------------------------------------------------
+
+    def close(self, shard: str, epoch: int) -> bool:
+        """Whether nobody can confirm a read of that epoch here any more, now and for ever.
+
+        The caller knows that the next epoch is founded. Raises OSError.
+        """
+        served = self.served.get(shard)
+        if served is None or served.info.epoch > epoch:
+            if self.record.closed.get(shard, 0) < epoch:
+                self.record.close(shard, epoch)
+                self.record.save(self._disk)
+            return True
+        if served.machine.is_sealed and self._keeps_its_state_of(shard):
+            return False  # its checkpoint is under way; then it goes on with the next epoch
+        self._leave(shard, epoch)
+        return True
+
+    def _keeps_its_state_of(self, shard: str) -> bool:
+        change = self.changes.get(shard)
+        return change is not None and change.keeps_its_state(self.node_id, shard)
+
+    def report(self, change: Change) -> Report:
+        """What the conductor wants to know of this node."""
+        served = self.served.get(change.shard)
+        old = None
+        if served is not None and served.info.epoch == change.from_epoch:
+            status = self._groups.status(change.shard)
+            old = OldReplica(
+                applied_index=status.applied_index,
+                durable_index=served.machine.durable_index,
+                is_leader=status.leader == self.node_id,
+                needs_reseed=status.needs_reseed,
+                seal=self.seal_of(change.shard),
+            )
+        staged, new = {}, {}
+        for target in change.targets:
+            copy = self.staged.get(target.id)
+            if copy is not None and copy.info.epoch == target.epoch:
+                staged[target.id] = _staged_report(copy)
+            here = self.served.get(target.id)
+            if here is not None and here.info.epoch == target.epoch:
+                status = self._groups.status(target.id)
+                new[target.id] = NewReplica(
+                    applied_index=status.applied_index,
+                    is_leader=status.leader == self.node_id,
+                    has_begun=here.machine.has_begun,
+                )
+        return Report(self.node_id, old, staged, new)
+
+    def seal_of(self, shard: str) -> tuple[int, int] | None:
+        """Where the epoch served here ended: index and term of its seal, once applied."""
+        served = self.served.get(shard)
+        if served is None or not served.machine.is_sealed:
+            return None
+        if served.seal is None:
+            index = served.machine.inner.applied_index
+            served.seal = (index, self._groups.term_at(shard, index))
+        return served.seal
+
+    # -- copies --------------------------------------------------------------------------------
+
+    def wanted(self) -> list[ShardInfo]:
+        """Replicas of epochs that serve already and that this node is a member of, without one."""
+        if self.map is None:
+            return []
+        found = []
+        for info in self.map.shards.values():
+            served = self.served.get(info.id)
+            staged = self.staged.get(info.id)
+            if (
+                self.node_id in info.members
+                and info.epoch > 1
+                and (served is None or served.info.epoch < info.epoch)
+                and (staged is None or staged.info.epoch < info.epoch)
+                and not (served is not None and self._goes_on_soon(served, info))
+                and self._may_hold(info.id, info.epoch)
+            ):
+                found.append(info)
+        return found
+
+    def _goes_on_soon(self, served: Served, info: ShardInfo) -> bool:
+        return served.machine.is_sealed and self._keeps_its_state(info)
+
+    def begin_copy(self, info: ShardInfo, change_id: str, follows: int) -> Staged:
+        """A copy for `info` begins; one for an earlier epoch is dropped."""
+        before = self.staged.pop(info.id, None)
+        if before is not None and before.machine is not None:
+            self._states.release(info.id, before.folder, before.machine.inner)
+        staged = Staged(info, change_id, follows, folder_name(info.id, info.epoch))
+        self.staged[info.id] = staged
+        return staged
+
+    def drop_copies(self, current: Iterable[Staged]) -> list[Staged]:
+        """Copies that no change and no map asks for any more are taken out and returned."""
+        assert self.map is not None
+        dropped = []
+        for staged in current:
+            info = self.map.shards.get(staged.info.id)
+            target = next(
+                (t for c in self.changes.values() for t in c.targets if t == staged.info), None
+            )
+            if target is None and info != staged.info:
+                dropped.append(staged)
+                self.staged.pop(staged.info.id, None)
+        return dropped
+
+    def folders_in_use(self) -> set[str]:
+        return {
+            *(held.folder for held in self.record.held.values()),
+            *(staged.folder for staged in self.staged.values()),
+        }
+
+
+def _staged_report(copy: Staged) -> StagedReplica:
+    machine = copy.machine
+    applied = 0 if machine is None else machine.inner.applied_index
+    return StagedReplica(
+        state=copy.state,
+        applied_index=applied,
+        durable_index=0 if machine is None else machine.durable_index,
+        seal=(applied, copy.last_term) if copy.state is Staging.COMPLETE else None,
+        done_bytes=copy.done_bytes,
+        total_bytes=copy.total_bytes,
+        error=copy.error,
+    )
+
+
+def folder_name(shard: str, epoch: int) -> str:
+    return f"{shard}-e{epoch}"
