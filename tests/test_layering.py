@@ -20,7 +20,14 @@ NODE_BASE = ("agentmem_cluster", "agentmem_node.model")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "agentmem_client": ("agentmem_cluster.ring", "agentmem_cluster.shardmap"),
     "agentmem_cluster": (),
-    "agentmem_cluster.ring": (),
+    "agentmem_cluster.ring": (
+        "agentmem_cluster.balance",
+        "agentmem_cluster.preferred",
+        "agentmem_cluster.zones",
+    ),
+    "agentmem_cluster.balance": ("agentmem_cluster.zones",),
+    "agentmem_cluster.preferred": (),
+    "agentmem_cluster.zones": (),
     "agentmem_cluster.shardmap": ("agentmem_cluster.ring",),
     "agentmem_node.model": (
         "agentmem_cluster.epochs.commands",
