@@ -111,6 +111,15 @@ class ClusterSection(_Section, frozen=True):
             "`agentmem serve --join` sets it."
         ),
     ] = False
+    lost_after_ms: Annotated[
+        int,
+        Meta(
+            ge=1_000,
+            description="A node that cannot be reached for this long is taken as lost: its "
+            "replicas are founded anew on other nodes, one shard at a time. Longer than a restart "
+            "or an upgrade takes; when the node comes back it is given replicas by a rebalance.",
+        ),
+    ] = 300_000
     ca_cert: Annotated[
         str | None,
         Meta(description="PEM file of the authority that signs the certificates of nodes."),

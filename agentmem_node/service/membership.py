@@ -458,6 +458,14 @@ class Membership:
         return self._meta is not None and self._meta.is_leader and self.view is not None
 
     @property
+    def meta_leader(self) -> str | None:
+        """Who leads the meta group, as far as this node knows."""
+        return None if self._meta is None else self._meta.leader
+
+    def is_connected(self, node: str) -> bool:
+        return self._routing.is_connected(node)
+
+    @property
     def nodes(self) -> list[str]:
         """Every node of the cluster, as far as is known."""
         return self._configured if self.view is None else sorted(self.view.map.nodes())

@@ -27,6 +27,7 @@ from agentmem_node.index.blocks import BlockBudget
 from agentmem_node.index.graph import GraphBuilder
 from agentmem_node.index.shard_index import ShardIndex
 from agentmem_node.index.text_engine import TextEngine
+from agentmem_node.model import operations as ops
 from agentmem_node.model import requests as rq
 from agentmem_node.model.search import Consistency, SearchAnswer
 from agentmem_node.observe.snapshot import NodeSnapshot
@@ -40,16 +41,20 @@ from agentmem_node.service.changes import Changes
 from agentmem_node.service.contract import Caller
 from agentmem_node.service.datadir import DataDir
 from agentmem_node.service.fanout import FanOut
+from agentmem_node.service.healing import Healing
 from agentmem_node.service.membership import Membership
+from agentmem_node.service.operations import Operations
 from agentmem_node.service.read import Reads
 from agentmem_node.service.replicas import Replicas
 from agentmem_node.service.routing import Routing
 from agentmem_node.service.search import Searches
 from agentmem_node.service.status import Status
+from agentmem_node.service.survey import Survey
 from agentmem_node.service.write import Writes
 
 log = logging.getLogger("agentmem.node")
 
+list_ = list  # within the class, `list` is the method
 _START_S_MAX = 60.0
 _DISK_CHECK_S = 0.5
 # What peers ask of a node; `Node._serve_peers` says by whom it is answered.
@@ -248,7 +253,31 @@ class Node:
             self._link,
             self.clock,
         )
-        self._tasks.append(asyncio.create_task(self.changes.run(), name="changes"))
+        survey = Survey(self.node_id, self._link, self._routing, self._replicas)
+        self._operations = Operations(
+            self.node_id,
+            self._membership,
+            self.changes,
+            survey,
+            self._link,
+            self.clock,
+            self._rng,
+            config.replicas,
+        )
+        healing = Healing(
+            self._membership,
+            self._operations,
+            survey,
+            self.clock,
+            config.replicas,
+            config.cluster.lost_after_ms / 1000,
+        )
+        for name, work in (
+            ("changes", self.changes.run()),
+            ("operations", self._operations.run()),
+            ("healing", healing.run()),
+        ):
+            self._tasks.append(asyncio.create_task(work, name=name))
         self._tasks.append(
             asyncio.create_task(
                 balance_leaders(self.node_id, self._membership, self._routing, self.clock),
@@ -437,6 +466,23 @@ class Node:
 
     def encode_cursor(self, request: rq.SearchRequest, answer: SearchAnswer) -> str | None:
         return self._searches.encode_cursor(request, answer)
+
+    async def plan(self, caller: Caller, wish: ops.OperationWish) -> ops.OperationPlan:
+        return await self._operations.plan(wish)
+
+    async def begin_operation(self, caller: Caller, wish: ops.OperationWish) -> ops.Operation:
+        return await self._operations.begin(caller, wish)
+
+    async def operations(self, caller: Caller) -> list_[ops.Operation]:
+        return await self._operations.listed()
+
+    async def control_operation(
+        self, caller: Caller, operation_id: str, action: str
+    ) -> ops.Operation:
+        return await self._operations.control(operation_id, action)
+
+    async def check_cluster(self, caller: Caller) -> list_[ops.Finding]:
+        return await self._operations.check()
 
     def cluster_view(self) -> dict[str, Any]:
         return self._status.cluster_view()

@@ -44,6 +44,7 @@ class Cluster:
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.nodes: dict[str, Node] = {}
         self.failures: list[BaseException] = []
+        self.overrides: dict[str, Any] = {}
         create_ca(folder / "certs", "agentmem")
         for name in names:
             issue(folder / "certs", name)
@@ -65,6 +66,7 @@ class Cluster:
                 "cluster.key": str(certs / f"{name}.key"),
                 "embedding.provider": "none",
                 "embedding.dim": 0,
+                **self.overrides,
             },
         ).config
 

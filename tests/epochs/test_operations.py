@@ -1,0 +1,180 @@
+"""What operators ask for, and what the cluster mends by itself, on real nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agentmem_cluster.errors import AgentMemError, BadRequest, Conflict, NotFound
+from agentmem_node.model import operations as ops
+from tests.epochs.conftest import Cluster, run
+
+
+async def finished(cluster: Cluster, operation: ops.Operation) -> ops.Operation:
+    shown: list[ops.Operation] = []
+
+    async def look() -> None:
+        node = cluster.any_node()
+        shown[:] = [o for o in await node.operations(cluster.caller(node)) if o.id == operation.id]
+
+    for _ in range(600):
+        await look()
+        if shown and shown[0].state in ("done", "failed"):
+            return shown[0]
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"it did not end: {shown}")
+
+
+async def begin(cluster: Cluster, **wish: object) -> ops.Operation:
+    node = cluster.any_node()
+    return await node.begin_operation(cluster.caller(node), ops.OperationWish(**wish))  # type: ignore[arg-type]
+
+
+async def fill(cluster: Cluster, count: int = 60) -> dict[str, str]:
+    return {
+        await cluster.add(f"user{number}", f"memory {number}"): f"memory {number}"
+        for number in range(count)
+    }
+
+
+async def all_there(cluster: Cluster, memories: dict[str, str]) -> None:
+    for node in cluster.nodes.values():
+        for memory_id, text in memories.items():
+            assert text.encode() in bytes((await cluster.read(memory_id, through=node)).memory)
+
+
+async def sound(cluster: Cluster) -> None:
+    node = cluster.any_node()
+    for _ in range(100):
+        findings = await node.check_cluster(cluster.caller(node))
+        wrong = [f for f in findings if not f.ok]
+        if not wrong:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(wrong)
+
+
+def test_a_node_joins_takes_its_share_and_is_emptied_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3", "n4"], shards=4)
+        await cluster.start("n1", "n2", "n3")
+        try:
+            memories = await fill(cluster)
+            await cluster.admit("n4")
+            await cluster.start("n4")
+            node = cluster.any_node()
+            plan = await node.plan(cluster.caller(node), ops.OperationWish(kind="rebalance"))
+            assert plan.steps and plan.bytes > 0
+            done = await finished(cluster, await begin(cluster, kind="rebalance"))
+            assert done.state == "done", done
+            assert len(cluster.nodes["n4"]._routing.local) == len(plan.steps) >= 2
+            await all_there(cluster, memories)
+            await sound(cluster)
+            done = await finished(cluster, await begin(cluster, kind="remove", node="n4"))
+            assert done.state == "done", done
+            await cluster.until(lambda: not cluster.nodes["n4"]._routing.local, "n4 is empty")
+            await cluster.stop("n4")
+            await all_there(cluster, memories)
+            await sound(cluster)
+        finally:
+            await cluster.stop()
+
+    run(scenario, 110)
+
+
+def test_a_node_that_lost_its_disk_is_given_its_replicas_again_without_anybody_asking(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3", "n4"], founders=4, shards=2)
+        await cluster.start("n1", "n2", "n3", "n4")
+        try:
+            memories = await fill(cluster)
+            victim = next(
+                n for n, node in cluster.nodes.items() if n == "n4" and node._routing.local
+            )
+            await cluster.stop(victim)
+            shutil.rmtree(tmp_path / victim)
+            memories |= await fill(cluster, 20)
+            await cluster.start(victim)
+            node = cluster.nodes[victim]
+            held = [
+                s.id
+                for s in cluster.any_node()._routing.current_map().shards.values()
+                if victim in s.members
+            ]
+            assert held
+            await cluster.until(
+                lambda: all(
+                    shard in node._routing.local and node._routing.local[shard].info.epoch > 1
+                    for shard in held
+                ),
+                "its replicas come back, in another epoch",
+            )
+            await all_there(cluster, memories)
+            await sound(cluster)
+        finally:
+            await cluster.stop()
+
+    run(scenario, 110)
+
+
+def test_replicas_of_a_node_that_stays_lost_are_founded_elsewhere(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3", "n4"], founders=4, shards=4)
+        cluster.overrides["cluster.lost_after_ms"] = 1_000
+        await cluster.start("n1", "n2", "n3", "n4")
+        try:
+            memories = await fill(cluster)
+            await cluster.stop("n4")
+            await cluster.until(
+                lambda: (
+                    not any(
+                        "n4" in info.members
+                        for info in cluster.any_node()._routing.current_map().shards.values()
+                    )
+                    and not cluster.any_node()._membership.view.changes
+                ),  # type: ignore[union-attr]
+                "no shard has n4 as a member",
+            )
+            await all_there(cluster, memories)
+        finally:
+            await cluster.stop()
+
+    run(scenario, 110)
+
+
+@pytest.mark.parametrize(
+    ("wish", "error", "says"),
+    [
+        ({"kind": "move", "shard": "s99", "node": "n1"}, NotFound, "no shard 's99'"),
+        ({"kind": "move", "shard": "s00", "node": "n9"}, NotFound, "no node 'n9'"),
+        ({"kind": "move", "shard": "s00", "node": "n1"}, BadRequest, "is on node n1 already"),
+        ({"kind": "drain", "node": "n1"}, BadRequest, "that many nodes must be up"),
+        ({"kind": "remove", "node": "n1"}, BadRequest, "votes on what the cluster is"),
+        ({"kind": "move"}, BadRequest, "`shard` is missing"),
+        ({"kind": "heal"}, BadRequest, "heals by itself"),
+        ({"kind": "split", "shard": "s00", "at_slot": 9_000}, BadRequest, "cannot be split at"),
+    ],
+)
+def test_a_wish_that_cannot_be_is_refused_and_changes_nothing(
+    tmp_path: Path, wish: dict[str, object], error: type[AgentMemError], says: str
+) -> None:
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3"])
+        await cluster.start("n1", "n2", "n3")
+        try:
+            with pytest.raises(error, match=says):
+                await begin(cluster, **wish)
+            view = cluster.any_node()._membership.view  # type: ignore[union-attr]
+            assert view is not None and not view.operations and not view.states
+            with pytest.raises((NotFound, Conflict)):
+                node = cluster.any_node()
+                await node.control_operation(cluster.caller(node), "nothing", "stop")
+        finally:
+            await cluster.stop()
+
+    run(scenario)
