@@ -84,7 +84,7 @@ class Healing:
                 self._away_since.pop(node, None)
             else:
                 self._away_since.setdefault(node, now_s)
-        self._operations.lost = frozenset(
+        self._membership.lost = frozenset(
             node
             for node, since_s in self._away_since.items()
             if now_s - since_s >= self._lost_after_s

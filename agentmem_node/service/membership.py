@@ -14,28 +14,27 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from agentmem_cluster.epochs.machine import EpochMachine
-from agentmem_cluster.epochs.record import Held, LocalRecord
+from agentmem_cluster.epochs.record import LocalRecord
 from agentmem_cluster.errors import AgentMemError, NotLeader, Unavailable
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import (
     ClusterSettings,
-    MetaStateMachine,
     NodeInfo,
     Outcome,
     init_cluster,
     put_node,
 )
-from agentmem_cluster.raft.api import GROUP_META, GroupSpec
+from agentmem_cluster.raft.api import GROUP_META
 from agentmem_cluster.raft.host import AsyncGroup, Host
 from agentmem_cluster.runtime import Clock, Disk, Rng
 from agentmem_cluster.shardmap import ShardMap
 from agentmem_node.config import Config, ConfigError
 from agentmem_node.providers.base import ModelIdentity
-from agentmem_node.service.admission import META_FOLDER, admit
+from agentmem_node.service.admission import admit
 from agentmem_node.service.replicas import Replicas
 from agentmem_node.service.routing import Routing
-from agentmem_node.service.view import UNREADABLE, MetaGroup, View, load_view, save_view
+from agentmem_node.service.view import UNREADABLE, View, load_view, save_view
+from agentmem_node.service.voters import Voters
 
 log = logging.getLogger("agentmem.membership")
 
@@ -90,11 +89,20 @@ class Membership:
         self._node_id = config.node.id
         self._configured = sorted(config.cluster.nodes) or [self._node_id]
         self._founders = meta_voters(self._configured)
-        self._meta: AsyncGroup | None = None
-        self._machine: MetaStateMachine | None = None
         self._model: ModelIdentity | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
+        self._voters = Voters(
+            self._node_id,
+            disk,
+            record,
+            host,
+            link,
+            routing,
+            clock,
+            self._founders,
+            self._changed.set,
+        )
         self._view_ready = asyncio.Event()
         self._adopting = asyncio.Lock()
         self.on_view: list[Callable[[View], None]] = []
@@ -119,7 +127,7 @@ class Membership:
                 )
             await self._adopt(view)
         if GROUP_META in self._record.held:
-            self._open_meta()
+            self._voters.open()
         if self._link is not None:
             self._link.register("meta.hello", self._on_hello)
             self._link.register("meta.view", self._on_view_asked)
@@ -128,23 +136,6 @@ class Membership:
             self._link.register("meta.propose", self._on_propose)
             self._link.register("shard.leaders", self._on_leaders_asked)
         self._tasks = [asyncio.create_task(self._follow(), name="membership")]
-
-    def _open_meta(self) -> None:
-        held = self._record.held[GROUP_META]
-        self._machine = MetaStateMachine(self._disk, held.folder)
-        self._machine.on_change.append(self._changed.set)
-        members = self._founders
-        if self.view is not None and self.view.meta is not None:
-            members = self.view.meta.members
-        spec = GroupSpec(
-            GROUP_META,
-            held.epoch,
-            members,
-            preferred=members[0],
-            base_index=held.base_index,
-            base_term=held.base_term,
-        )
-        self._meta = self._host.add_group(spec, EpochMachine(self._machine, held.epoch))
 
     async def wait_view(self, timeout_s: float) -> View:
         """The first view. Raises TimeoutError, and what `start`'s background work died of.
@@ -194,6 +185,7 @@ class Membership:
             if view is not None:
                 if view.is_newer_than(self.view):
                     await self._adopt(view)
+                await self._mind_the_vote()
                 if not registered or view.nodes.get(self._node_id) != self._own:
                     registered = await self._register()
             settled = view is not None and registered
@@ -204,6 +196,12 @@ class Membership:
                 )
             except TimeoutError:
                 pass
+
+    async def _mind_the_vote(self) -> None:
+        try:
+            await self._voters.step(self.view)
+        except OSError as error:
+            log.warning("cannot change what this node votes on: %s; trying again", error)
 
     async def _join_meta(self) -> None:
         """Found the meta group with others that have nothing, or take the founder's place in it."""
@@ -219,9 +217,7 @@ class Membership:
             return
         if not self._record.may_take_part(GROUP_META, 1):
             return
-        self._record.hold(GROUP_META, Held(1, META_FOLDER))
-        self._record.save(self._disk)
-        self._open_meta()
+        self._voters.found()
         self._host.wake()
 
     async def _is_untouched(self) -> bool:
@@ -243,21 +239,26 @@ class Membership:
     async def _on_hello(self, _peer: str, _body: dict[str, Any]) -> dict[str, Any]:
         return {"holds_meta": self._meta is not None, "is_founded": self.view is not None}
 
+    @property
+    def _meta(self) -> AsyncGroup | None:
+        return self._voters.group
+
     async def _fetch(self) -> View | None:
         """The newest view that can be had now."""
-        if self._machine is None or self._meta is None:
+        if self._meta is None:
             return await self._ask_voters()
-        view = View.of(self._machine.state, self._machine.applied_index, self._meta_group())
-        if view is None:
-            if self._meta.is_leader and self._may_found.is_set():
-                assert self._model is not None
-                await self._found(self._model)
-            return None
+        view = self._own_view()
+        if view is None and self._meta.is_leader and self._may_found.is_set():
+            assert self._model is not None
+            await self._found(self._model)
         return view
 
-    def _meta_group(self) -> MetaGroup:
-        assert self._meta is not None
-        return MetaGroup(self._meta.spec.epoch, self._meta.spec.members)
+    def _own_view(self) -> View | None:
+        """What this node's own replica of the meta group says."""
+        machine = self._voters.machine
+        if machine is None:
+            return None
+        return View.of(machine.state, machine.applied_index, self._voters.meta_group)
 
     async def _found(self, model: ModelIdentity) -> None:
         """As the leader of a meta group that is empty: decide what the cluster is. First wins."""
@@ -282,7 +283,7 @@ class Membership:
             log.info("founding the cluster: %s; trying again", error)
 
     async def _ask_voters(self) -> View | None:
-        for voter in self._voters():
+        for voter in self._whom_to_ask():
             if voter == self._node_id or not self._routing.is_connected(voter):
                 continue
             assert self._link is not None
@@ -294,7 +295,7 @@ class Membership:
                 log.debug("no view of the cluster from %s: %r", voter, error)
         return None
 
-    def _voters(self) -> list[str]:
+    def _whom_to_ask(self) -> list[str]:
         """Whom to ask what the cluster is: its voters, as far as known, and then anybody."""
         known = self.view.meta.members if self.view is not None and self.view.meta else ()
         return list(dict.fromkeys([*known, *self._founders, *self._configured]))
@@ -348,10 +349,9 @@ class Membership:
 
     async def tell_all(self) -> None:
         """Have every connected node learn this node's view now."""
-        if self._machine is not None and self._meta is not None:
-            view = View.of(self._machine.state, self._machine.applied_index, self._meta_group())
-            if view is not None and view.is_newer_than(self.view):
-                await self._adopt(view)
+        view = self._own_view()
+        if view is not None and view.is_newer_than(self.view):
+            await self._adopt(view)
         if self._link is None or self.view is None:
             return
         body = {"view": self.view.to_wire()}
@@ -417,7 +417,7 @@ class Membership:
             applied = await self._meta.propose(command, deadline=deadline)
             return _outcome(applied.result)
         leader = self._meta.leader if self._meta is not None else None
-        for voter in [leader] if leader else self._voters():
+        for voter in [leader] if leader else self._whom_to_ask():
             if voter in (None, self._node_id) or not self._routing.is_connected(str(voter)):
                 continue
             assert self._link is not None
@@ -456,6 +456,15 @@ class Membership:
     def leads(self) -> bool:
         """Whether this node leads the meta group: it then conducts the changes of shards."""
         return self._meta is not None and self._meta.is_leader and self.view is not None
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Nodes that stayed away longer than `cluster.lost_after_ms`, as the meta leader counts."""
+        return self._voters.lost
+
+    @lost.setter
+    def lost(self, nodes: frozenset[str]) -> None:
+        self._voters.lost = nodes
 
     @property
     def meta_leader(self) -> str | None:

@@ -17,7 +17,7 @@ import msgspec
 from agentmem_cluster import placement
 from agentmem_cluster.epochs.change import Change, Phase
 from agentmem_cluster.epochs.reports import Staging
-from agentmem_cluster.errors import AgentMemError, BadRequest, Conflict, Unavailable
+from agentmem_cluster.errors import AgentMemError, Conflict, Unavailable
 from agentmem_cluster.invariants import check_cluster
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import LEVEL_OF_CHANGES, Outcome, kv_delete, kv_put, remove_node
@@ -64,7 +64,6 @@ class Operations:
         self._clock = clock
         self._rng = rng
         self._replication = replication
-        self.lost: frozenset[str] = frozenset()  # nodes that stayed away too long
         if link is not None:
             link.register("operations.progress", self._on_progress)
 
@@ -97,7 +96,7 @@ class Operations:
                     operation=running.id,
                 )
         steps = self._steps(wish, view)
-        if wish.kind == "drain":
+        if wish.kind in ("drain", "remove"):
             await self._put_state(str(wish.node), DRAINING)
         elif wish.kind == "undrain":
             await self._drop_state(str(wish.node))
@@ -172,7 +171,7 @@ class Operations:
                 name,
                 zone=view.nodes[name].zone if name in view.nodes else "",
                 is_draining=view.states.get(name) == DRAINING,
-                is_lost=name in self.lost,
+                is_lost=name in self._membership.lost,
                 is_up=name in up,
             )
             for name in sorted(names)
@@ -199,7 +198,6 @@ class Operations:
             case "drain":
                 steps = placement.plan_drain(view.map, nodes, node, replication)
             case "remove":
-                self._check_removable(node, view)
                 steps = placement.plan_remove(view.map, nodes, node, replication)
             case "rebalance":
                 steps = placement.plan_rebalance(view.map, nodes, replication)
@@ -219,14 +217,6 @@ class Operations:
             case _:
                 steps = []
         return [stored_step(step) for step in steps]
-
-    def _check_removable(self, node: str, view: View) -> None:
-        if view.meta is not None and node in view.meta.members:
-            raise BadRequest(
-                f"Node {node} votes on what the cluster is, and cannot be removed yet.",
-                hint="`drain` empties it of memories; its vote stays.",
-                node=node,
-            )
 
     def _warnings(self, wish: ops.OperationWish, view: View) -> list[str]:
         warnings = []
@@ -297,11 +287,20 @@ class Operations:
     async def _end(self, stored: StoredOperation) -> None:
         node = stored.wish.node
         if stored.wish.kind == "remove" and node is not None:
+            view = self._membership.require_view()
+            if view.meta is not None and node in view.meta.members:
+                await self._note(stored, "it waits for the meta group to move to other voters")
+                return
             await self._put_state(node, REMOVED)
             await self._propose(remove_node(node), may_be_gone=True)
-        stored.state = "done"
+        stored.state, stored.message = "done", ""
         await self._keep(stored)
         log.info("operation %s is done", stored.id)
+
+    async def _note(self, stored: StoredOperation, message: str) -> None:
+        if stored.message != message:
+            stored.message = message
+            await self._keep(stored)
 
     async def _forget_old(self) -> None:
         view = self._membership.require_view()

@@ -1,0 +1,70 @@
+"""The meta group moves like a shard: it grows, it outlives its voters, it is never a lone one's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tests.epochs.conftest import Cluster, run
+
+
+def voters_of(cluster: Cluster) -> set[tuple[int, tuple[str, ...]]]:
+    """What the nodes believe; one element when they agree."""
+    found = set()
+    for node in cluster.nodes.values():
+        view = node._membership.view if node._membership else None
+        if view is not None and view.meta is not None:
+            found.add((view.meta.epoch, view.meta.members))
+    return found
+
+
+def test_the_meta_group_grows_to_five_and_outlives_two_founders(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        names = ["n1", "n2", "n3", "n4", "n5"]
+        cluster = Cluster(tmp_path, names, shards=2)
+        await cluster.start("n1", "n2", "n3")
+        try:
+            for name in ("n4", "n5"):
+                await cluster.admit(name)
+                await cluster.start(name)
+            await cluster.until(lambda: voters_of(cluster) == {(2, tuple(names))}, "five voters")
+            await cluster.until(cluster.meta_leader, "a leader of the meta group")
+            memory = await cluster.add("ana", "before")
+            await cluster.stop("n1")
+            await cluster.until(cluster.meta_leader, "a leader without n1")
+            leader = cluster.meta_leader()
+            assert leader is not None and leader._membership is not None
+            view = leader._membership.view
+            assert view is not None and set(view.nodes) == set(names)
+            assert b"before" in bytes((await cluster.read(memory)).memory)
+            await cluster.start("n1")
+            await cluster.until(lambda: voters_of(cluster) == {(2, tuple(names))}, "n1 is back")
+        finally:
+            await cluster.stop()
+
+    run(scenario, 110)
+
+
+def test_a_voter_that_lost_its_disk_votes_again_in_a_new_epoch(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3"], shards=1)
+        await cluster.start("n1", "n2", "n3")
+        try:
+            memory = await cluster.add("ana", "kept")
+            await cluster.stop("n2")
+            shutil.rmtree(tmp_path / "n2")
+            await cluster.start("n2")
+            members = ("n1", "n2", "n3")
+            await cluster.until(lambda: voters_of(cluster) == {(2, members)}, "the next epoch")
+            node = cluster.nodes["n2"]
+            await cluster.until(lambda: "s00" in node._routing.local, "its shard is back")
+            assert b"kept" in bytes((await cluster.read(memory, through=node)).memory)
+            await cluster.stop()
+            await cluster.start("n1", "n2", "n3")
+            await cluster.until(cluster.meta_leader, "a leader after a restart")
+            assert voters_of(cluster) == {(2, members)}
+            assert b"kept" in bytes((await cluster.read(memory)).memory)
+        finally:
+            await cluster.stop()
+
+    run(scenario, 110)
