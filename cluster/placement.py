@@ -151,12 +151,13 @@ def plan_lost(map: ShardMap, nodes: Nodes, replication: int) -> list[Step]:
         for info in map.shards.values()
         if any(states[n].is_lost for n in info.members) and has_quorum(info.members, states)
     ]
-    targets = {}
-    for name, new in _refounded(map, states, hit, replication).items():
-        padded = _padded(map.shards[name], new, states, replication)
-        if has_quorum(padded, states):
-            targets[name] = padded
-    return _steps(map, states, targets)
+    # Majorities stay: who comes is live, and lost members are all that goes.
+    refounded = _refounded(map, states, hit, replication)
+    return _steps(
+        map,
+        states,
+        {s.id: _padded(s, refounded[s.id], states, replication) for s in hit},
+    )
 
 
 def shards_without_quorum(map: ShardMap, nodes: Nodes) -> list[str]:

@@ -209,6 +209,24 @@ def test_a_lost_member_cannot_stand_in_for_a_replica_that_is_drained() -> None:
         plan_drain(ONE_SHARD, nodes, "n2", 3)
 
 
+def test_a_drain_moves_nothing_else_even_when_every_node_that_could_take_over_is_full() -> None:
+    others = [("n2", "n3"), ("n3", "n4"), ("n2", "n4")] * 5
+    shard_map = make_map(
+        {"s00": ["n1", "n5"]} | {f"s{i + 1:02d}": list(pair) for i, pair in enumerate(others)}
+    )
+    nodes = [*FOUR, NodeState("n5")]
+    assert set(loads(shard_map, ["n2", "n3", "n4"]).values()) == {math.ceil(1.25 * 32 / 4)}
+    (step,) = plan_drain(shard_map, nodes, "n5", 2)
+    assert step.shard == "s00"
+    assert "n1" in step.members
+
+
+def test_a_drain_is_refused_when_members_that_are_down_would_be_half_of_those_left() -> None:
+    nodes = [*THREE[:2], NodeState("n3", is_up=False)]
+    with pytest.raises(BadRequest, match="1 of its 2 new members are up, and 2 are needed"):
+        plan_drain(ONE_SHARD, nodes, "n2", 2)
+
+
 def test_the_last_node_cannot_leave() -> None:
     alone = make_map({"s00": ["n1"]})
     for plan in (plan_drain, plan_remove):
@@ -308,6 +326,21 @@ def test_a_member_that_nobody_knows_any_more_is_lost() -> None:
     (step,) = plan_lost(ONE_SHARD, [*THREE[:2], NodeState("n4")], 3)
     assert step.members == ("n1", "n2", "n4")
     assert step.reason == "n4 takes over from n3"
+
+
+def test_a_draining_member_still_counts_while_a_lost_one_is_replaced_but_does_not_lead() -> None:
+    shard_map = make_map({"s00": ["n3", "n1", "n2"], "s01": ["n1"], "s02": ["n1"]})
+    nodes = [
+        NodeState("n1"),
+        NodeState("n2", is_draining=True),
+        NodeState("n3", is_lost=True, is_up=False),
+        NodeState("n4"),
+    ]
+    (step,) = plan_lost(shard_map, nodes, 3)
+    assert step.members == ("n1", "n2", "n4")
+    assert step.preferred_leader == "n4"
+    (step,) = plan_lost(shard_map, [*nodes, NodeState("n5")], 3)
+    assert len(step.members) == 3, "two are enough beside the one that drains"
 
 
 def test_a_shard_whose_majority_is_lost_is_named_and_left_out() -> None:

@@ -16,6 +16,7 @@ from agentmem_cluster.placement import (
     preferred_changes,
     shards_without_quorum,
 )
+from agentmem_cluster.preferred import even_leaders
 from agentmem_cluster.shardmap import ShardMap
 from agentmem_cluster.zones import fair_shares, load_bounds, zone_ranges
 from tests.placement.worlds import (
@@ -96,6 +97,26 @@ def test_an_added_node_takes_its_part_and_old_nodes_exchange_nothing(world: Worl
             assert added == {"new"}, "what moves moves to the new node"
 
 
+def test_a_new_node_is_preferred_to_old_ones_that_are_as_empty() -> None:
+    counts = {"n1": 3, "n2": 3, "n3": 2, "n4": 2, "n5": 2, "n6": 1, "n7": 1, "n8": 1, "n9": 1}
+    holders = [node for node, count in counts.items() for _ in range(count)]
+    shard_map = make_map({f"s{i:02d}": [node] for i, node in enumerate(holders)})
+    steps = plan_rebalance(shard_map, [NodeState(n) for n in (*counts, "new")], 1)
+    assert [step.members for step in steps] == [("new",), ("new",)]
+
+
+def test_a_chain_of_moves_through_zones_relieves_a_node_that_none_can_relieve_alone() -> None:
+    # All shards of `a` are in the zone of the b's already, which alone have room; c and d are
+    # full. So c or d takes over from `a`, and a b from it.
+    pairs = [["a", f"b{i % 3}"] for i in range(14)] + [["c", "d"]] * 10
+    shard_map = make_map({f"s{i:02d}": pair for i, pair in enumerate(pairs)})
+    nodes = [NodeState(n, n[0]) for n in ("a", "b0", "b1", "b2", "c", "d")]
+    steps = plan_rebalance(shard_map, nodes, 2)
+    after = loads(applied(shard_map, steps), ["a", "c", "d"])
+    assert after == {"a": 10, "c": 10, "d": 10}
+    assert copied(steps, shard_map) == 8, "four chains of two"
+
+
 @given(worlds(nodes_min=2, nodes_max=8), st.sampled_from(["", "z0", "z1", "new"]))
 def test_an_added_node_in_any_zone_moves_little_more_than_its_load(world: World, zone: str) -> None:
     nodes = {**world.nodes, "new": NodeState("new", zone)}
@@ -153,6 +174,17 @@ def test_the_order_of_nodes_and_shards_does_not_matter(world: World, chance: obj
     chance.shuffle(shards)  # type: ignore[attr-defined]
     again = plan_rebalance(ShardMap(1, dict(shards)), states, world.replication)
     assert again == plan_rebalance(world.map, world.nodes, world.replication)
+
+
+@given(any_maps(NAMES), st.integers(1, 5))
+def test_no_leaders_of_the_changed_shards_would_be_more_even(
+    shard_map: ShardMap, replication: int
+) -> None:
+    steps = plan_rebalance(shard_map, [NodeState(name) for name in NAMES], replication)
+    after = applied(shard_map, steps).shards.values()
+    leads = {info.id: info.preferred_leader for info in after}
+    members = {info.id: info.members for info in after}
+    assert even_leaders(members, leads, may_change={s.shard for s in steps}) == leads
 
 
 @pytest.mark.parametrize("count", range(3, 13))

@@ -106,6 +106,12 @@ def test_of_three_nodes_that_are_drained_to_two_one_votes() -> None:
     assert meta_voters(draining, ("n1", "n2", "n3")) == ("n1",)
 
 
+def test_of_five_voters_the_one_that_is_down_goes_first() -> None:
+    states = [NodeState("n1", is_up=False), *nodes(5)[1:4]]
+    lost = NodeState("n5", is_lost=True, is_up=False)
+    assert meta_voters([*states, lost], ("n1", "n2", "n3", "n4", "n5")) == ("n2", "n3", "n4")
+
+
 def test_no_node_that_is_down_becomes_a_voter() -> None:
     states = [*nodes(3), NodeState("n4", is_up=False), NodeState("n5", is_up=False)]
     assert meta_voters(states, ("n1",)) == ("n1", "n2", "n3")
