@@ -176,8 +176,7 @@ class Placement:
         """
         came_by: dict[str, Move] = {}
         queue: list[str] = []
-        left: set[str] = set()  # shards whose replica went to another zone: once for each
-        done: set[tuple[str, str]] = set()
+        done: set[tuple[str, str]] = set()  # shard, zone: offered from there once
 
         def offer(shard: str, source: str | None) -> str | None:
             zones: set[str] = set()
@@ -190,8 +189,7 @@ class Placement:
                     return None
                 done.add((shard, home))
                 zones = {home}
-                if shard not in left and self._may_leave(shard, home):
-                    left.add(shard)
+                if self._may_leave(shard, home):
                     zones.update(z for z in self._ranges if self._may_enter(shard, z))
             for node in self._ring.walk(shard):
                 if (

@@ -55,8 +55,9 @@ def test_a_move_changes_one_member_of_one_shard(world: World, data: st.DataObjec
     assert set(step.members) - set(info.members) == {to}
     (gone,) = set(info.members) - set(step.members)
     assert away_from in (None, gone)
-    if info.preferred_leader != gone:
-        assert step.preferred_leader == info.preferred_leader
+    if info.preferred_leader not in (gone, step.preferred_leader):
+        leads = Counter(other.preferred_leader for other in world.map.shards.values())
+        assert leads[info.preferred_leader] >= leads[step.preferred_leader] + 2, "not in vain"
 
 
 def test_a_move_says_who_takes_over_from_whom() -> None:
@@ -143,9 +144,6 @@ def test_of_a_node_that_leaves_only_its_own_replicas_move(
         old = world.map.shards[step.shard]
         assert set(old.members) - set(step.members) == {gone}
         assert len(step.members) == min(replication, len(old.members))
-        if old.preferred_leader != gone:
-            others = [s for s in steps if s.preferred_leader != step.preferred_leader]
-            assert step.preferred_leader == old.preferred_leader or others
     assert plan(applied(world.map, steps), world.nodes, gone, replication) == []  # type: ignore[operator]
 
 
@@ -210,15 +208,15 @@ def test_a_lost_member_cannot_stand_in_for_a_replica_that_is_drained() -> None:
 
 
 def test_a_drain_moves_nothing_else_even_when_every_node_that_could_take_over_is_full() -> None:
-    others = [("n2", "n3"), ("n3", "n4"), ("n2", "n4")] * 5
-    shard_map = make_map(
-        {"s00": ["n1", "n5"]} | {f"s{i + 1:02d}": list(pair) for i, pair in enumerate(others)}
-    )
-    nodes = [*FOUR, NodeState("n5")]
-    assert set(loads(shard_map, ["n2", "n3", "n4"]).values()) == {math.ceil(1.25 * 32 / 4)}
-    (step,) = plan_drain(shard_map, nodes, "n5", 2)
-    assert step.shard == "s00"
-    assert "n1" in step.members
+    pairs = [("n1", "n5"), ("n2", "n5"), ("n3", "n5"), ("n4", "n5")]
+    pairs += [("n1", "n2"), ("n1", "n3"), ("n1", "n4")]
+    pairs += [("n2", "n3"), ("n2", "n4"), ("n3", "n4")] * 19
+    shard_map = make_map({f"s{i:02d}": list(pair) for i, pair in enumerate(pairs)})
+    full = math.ceil(1.25 * 2 * len(pairs) / 4)
+    assert set(loads(shard_map, ["n2", "n3", "n4"]).values()) == {full}
+    first, *others = plan_drain(shard_map, [*FOUR, NodeState("n5")], "n5", 2)
+    assert first.shard == "s00" and "n1" in first.members, "only n1 has room, and has it already"
+    assert [step.members for step in others] == [("n1", "n2"), ("n1", "n3"), ("n1", "n4")]
 
 
 def test_a_drain_is_refused_when_members_that_are_down_would_be_half_of_those_left() -> None:
