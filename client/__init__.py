@@ -38,6 +38,7 @@ from agentmem_client.errors import (
     Unavailable,
     WrongShard,
 )
+from agentmem_client.policy import Policy
 from agentmem_client.results import (
     Added,
     AddResult,
@@ -50,7 +51,6 @@ from agentmem_client.results import (
     Page,
     SearchResult,
 )
-from agentmem_client.router import Policy
 from agentmem_client.topology import Shard, Topology
 
 __all__ = [

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 import aiohttp
 
 from agentmem_client import batches, calls
-from agentmem_client.core import Done, Exchange, Fail, Failure, Instruction, Send
+from agentmem_client.core import Exchange
 from agentmem_client.errors import AgentMemError, ClientClosed, ProtocolError
+from agentmem_client.instructions import Done, Fail, Failure, Instruction, Send
 from agentmem_client.options import (
     AddOptions,
     ListOptions,
@@ -23,6 +26,7 @@ from agentmem_client.options import (
     UpdateOptions,
     WriteOptions,
 )
+from agentmem_client.policy import Policy
 from agentmem_client.results import (
     AddResult,
     DeleteResult,
@@ -32,12 +36,28 @@ from agentmem_client.results import (
     Page,
     SearchResult,
 )
-from agentmem_client.router import Policy, Router
+from agentmem_client.router import Router
 from agentmem_client.topology import Topology
 
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:7700"
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _NoAnswer:
+    why: Failure
+    text: str
+
+
+_Outcome = _Answer | _NoAnswer | ProtocolError
 
 
 def seed_urls(urls: str | Sequence[str]) -> list[str]:
@@ -71,6 +91,7 @@ class AsyncClient:
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
+        self._probes: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -85,6 +106,10 @@ class AsyncClient:
 
     async def close(self) -> None:
         self._closed = True
+        probes = list(self._probes)
+        for probe in probes:
+            probe.cancel()
+        await asyncio.gather(*probes, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -107,26 +132,31 @@ class AsyncClient:
         return self._session
 
     async def run(self, call: calls.Call[T]) -> T:
-        """Carry out one call, retries included."""
+        """Carry out one call, retries and hedges included."""
         session = self._open_session()
-        clock = asyncio.get_running_loop().time
-        exchange = Exchange(call, self._router, clock())
-        step = exchange.start(clock())
-        while True:
-            if isinstance(step, Done):
-                return step.value
-            if isinstance(step, Fail):
-                raise step.error
-            if isinstance(step, Send):
-                step = await self._send(session, step, exchange)
-            else:
-                await asyncio.sleep(step.seconds)
-                step = exchange.woke(clock())
+        loop = asyncio.get_running_loop()
+        exchange = Exchange(call, self._router, loop.time())
+        step = exchange.start(loop.time())
+        on_the_wire: dict[asyncio.Task[_Outcome], int] = {}
+        try:
+            while True:
+                if isinstance(step, Done):
+                    return step.value
+                if isinstance(step, Fail):
+                    raise step.error
+                if isinstance(step, Send):
+                    on_the_wire[loop.create_task(self._send(session, step))] = step.attempt
+                    pause_s = step.patience_s
+                else:
+                    pause_s = step.seconds
+                self._probe_the_ill(session)
+                step = await _next_event(exchange, on_the_wire, pause_s)
+        finally:
+            for task in on_the_wire:
+                task.cancel()
 
-    async def _send(
-        self, session: aiohttp.ClientSession, request: Send, exchange: Exchange[T]
-    ) -> Instruction[T]:
-        clock = asyncio.get_running_loop().time
+    async def _send(self, session: aiohttp.ClientSession, request: Send) -> _Outcome:
+        """What came of one request; never raises, because nobody may be left to hear it."""
         try:
             async with asyncio.timeout(request.timeout_s):
                 async with session.request(
@@ -137,15 +167,34 @@ class AsyncClient:
                     allow_redirects=False,
                 ) as answer:
                     body = await _read(answer, self._router.policy.answer_bytes_max)
-            return exchange.answered(answer.status, answer.headers, body, clock())
+            return _Answer(answer.status, answer.headers, body)
         except TimeoutError:
-            return exchange.failed(Failure.TIMED_OUT, "no answer in time", clock())
+            return _NoAnswer(Failure.TIMED_OUT, "no answer in time")
         except aiohttp.ClientConnectorError as error:
-            return exchange.failed(Failure.REFUSED, _reason(error), clock())
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
-            raise ProtocolError(f"{request.url!r} is not a URL of a node.") from error
+            return _NoAnswer(Failure.REFUSED, _reason(error))
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+            return ProtocolError(f"{request.url!r} is not a URL of a node.")
         except (aiohttp.ClientError, OSError) as error:
-            return exchange.failed(Failure.BROKEN, _reason(error), clock())
+            return _NoAnswer(Failure.BROKEN, _reason(error))
+        except ProtocolError as error:
+            return error
+
+    def _probe_the_ill(self, session: aiohttp.ClientSession) -> None:
+        """Ask nodes whose breaker is open whether they are well again, beside the calls."""
+        for url in self._router.probes_due(asyncio.get_running_loop().time()):
+            task = asyncio.get_running_loop().create_task(self._probe(session, url))
+            self._probes.add(task)
+            task.add_done_callback(self._probes.discard)
+
+    async def _probe(self, session: aiohttp.ClientSession, url: str) -> None:
+        status = None
+        try:
+            async with asyncio.timeout(self._router.policy.probe_s_max):
+                async with session.get(f"{url}/health/ready", allow_redirects=False) as answer:
+                    status = answer.status
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            pass
+        self._router.probed(url, asyncio.get_running_loop().time(), status)
 
     async def run_batch(self, batch: batches.Batch[T]) -> T:
         """Carry out a batch: one call for each leader, side by side."""
@@ -274,6 +323,32 @@ class AsyncClient:
         Asked once, of that node only. Raises ConnectionFailed when it cannot be reached.
         """
         return await self.run(calls.health(url or self._router.seeds[0], deadline_s))
+
+
+async def _next_event(
+    exchange: Exchange[T], on_the_wire: dict[asyncio.Task[_Outcome], int], pause_s: float
+) -> Instruction[T]:
+    """Wait for the first answer or for `pause_s`, and tell the exchange which it was."""
+    clock = asyncio.get_running_loop().time
+    if not on_the_wire:
+        await asyncio.sleep(pause_s)
+        return exchange.woke(clock())
+    done, _ = await asyncio.wait(
+        on_the_wire,
+        timeout=None if pause_s == math.inf else pause_s,
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    if not done:
+        return exchange.woke(clock())
+    # Of several the others are found done in the next turn.
+    task = min(done, key=on_the_wire.__getitem__)
+    attempt = on_the_wire.pop(task)
+    outcome = task.result()
+    if isinstance(outcome, _Answer):
+        return exchange.answered(attempt, outcome.status, outcome.headers, outcome.body, clock())
+    if isinstance(outcome, _NoAnswer):
+        return exchange.failed(attempt, outcome.why, outcome.text, clock())
+    raise outcome
 
 
 async def _read(answer: aiohttp.ClientResponse, bytes_max: int) -> bytes:

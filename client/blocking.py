@@ -26,6 +26,7 @@ from agentmem_client.options import (
     UpdateOptions,
     WriteOptions,
 )
+from agentmem_client.policy import Policy
 from agentmem_client.results import (
     AddResult,
     DeleteResult,
@@ -35,7 +36,6 @@ from agentmem_client.results import (
     Page,
     SearchResult,
 )
-from agentmem_client.router import Policy
 from agentmem_client.topology import Topology
 
 T = TypeVar("T")

@@ -1,36 +1,19 @@
-"""What all calls of one client share: its policy, the shard map, who is ill, the retry budget."""
+"""What all calls of one client share: the shard map, the nodes' health, latencies, budgets."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from agentmem_client.breaker import Breaker, Cause
+from agentmem_client.budgets import HedgeBudget, RetryBudget
 from agentmem_client.calls import Anywhere, Call, ToNode
+from agentmem_client.latency import Bounds, Latencies
+from agentmem_client.policy import Policy
 from agentmem_client.topology import Shard, Topology
 
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How long, how often and how much. Seconds, unless the name says otherwise."""
-
-    deadline_s: float = 10.0
-    batch_deadline_s: float = 60.0
-    # One node that hangs may use this share of a call's deadline, so that others get a turn.
-    attempt_share_max: float = 1 / 3
-    attempt_s_min: float = 0.5
-    backoff_s_first: float = 0.05
-    backoff_s_max: float = 1.0
-    redirects_max: int = 3
-    attempts_max: int = 64
-    avoid_s: float = 1.0
-    # When not one node has answered, how long to go on trying; the deadline, if that is sooner.
-    unreachable_s_max: float = math.inf
-    retry_tokens_max: float = 500.0
-    retry_tokens_per_s: float = 100.0
-    retry_tokens_per_call: float = 0.2
-    answer_bytes_max: int = 256 * 1024 * 1024
+_NEVER = float("-inf")
 
 
 @dataclass(slots=True)
@@ -43,12 +26,18 @@ class Router:
     api_key: str | None = None
     topology: Topology | None = None
     map_is_stale: bool = False
-    _avoid_until: dict[str, float] = field(default_factory=dict)
-    _retry_tokens: float = -1.0
-    _tokens_at: float = 0.0
+    retries: RetryBudget = field(init=False)
+    hedges: HedgeBudget = field(init=False)
+    _breakers: dict[str, Breaker] = field(default_factory=dict)
+    _heard_at: dict[str, float] = field(default_factory=dict)
+    _latencies: dict[str, Latencies] = field(default_factory=dict)
+    _ill: set[str] = field(default_factory=set)  # whose breaker is not closed
 
     def __post_init__(self) -> None:
-        self._retry_tokens = self.policy.retry_tokens_max
+        self.retries = RetryBudget(self.policy)
+        self.hedges = HedgeBudget(self.policy)
+
+    # -- the map --------------------------------------------------------------------------
 
     def learn(self, topology: Topology) -> None:
         """Take a map unless an older one came late. Same version: leaders may have moved."""
@@ -68,8 +57,9 @@ class Router:
             return None
         return call.route.shard(self.topology)
 
-    def candidates(self, call: Call[Any], now: float) -> list[str]:
-        """URLs, best first: the shard's leader, its members, the other nodes; the ill ones last."""
+    def candidates(self, call: Call[Any]) -> list[str]:
+        """URLs, best first: the shard's leader, its members, the other nodes; the ill ones last,
+        and of those the silent ones."""
         if isinstance(call.route, ToNode):
             return [call.route.url]
         ordered: list[str] = []
@@ -84,44 +74,93 @@ class Router:
             turn = int(self.random() * len(rest)) if rest and shard is None else 0
             ordered += rest[turn:] + rest[:turn]
         ordered += self.seeds
-        return sorted(dict.fromkeys(ordered), key=lambda url: self.is_avoided(url, now))
+        found = list(dict.fromkeys(ordered))
+        if self._ill:
+            found.sort(key=self._rank)
+        return found
 
-    def avoid(self, url: str, now: float) -> None:
-        """This node just failed: others are asked first for a while."""
-        self._avoid_until[url] = now + self.policy.avoid_s
+    def _rank(self, url: str) -> int:
+        breaker = self._breakers.get(url)
+        if breaker is None or breaker.is_closed:
+            return 0
+        return 1 if breaker.cause is Cause.REFUSING else 2
 
-    def is_avoided(self, url: str, now: float) -> bool:
-        return self._avoid_until.get(url, 0.0) > now
+    # -- the nodes ------------------------------------------------------------------------
 
-    def well(self, url: str) -> None:
-        """This node answered."""
-        self._avoid_until.pop(url, None)
+    def is_ill(self, url: str) -> bool:
+        return url in self._ill
 
-    def earn(self) -> None:
-        """A call succeeded: it pays for a part of somebody's retry."""
-        self._retry_tokens = min(
-            self.policy.retry_tokens_max, self._retry_tokens + self.policy.retry_tokens_per_call
-        )
+    def is_silent(self, url: str, since: float) -> bool:
+        """Whether the node has answered nothing at all since then."""
+        return self._heard_at.get(url, _NEVER) <= since
 
-    def spend_retry(self, now: float) -> float:
-        """Take one retry from the budget; returns the seconds until it is there.
+    def heard(self, url: str, now: float) -> None:
+        """The node answered something, so it runs."""
+        self._heard_at[url] = now
 
-        Who comes when the budget is spent waits behind those who came before: when a cluster
-        is really down, thousands of callers retry at a steady rate, not in a storm.
-        """
-        elapsed = max(0.0, now - self._tokens_at)
-        self._tokens_at = now
-        self._retry_tokens = min(
-            self.policy.retry_tokens_max,
-            self._retry_tokens + elapsed * self.policy.retry_tokens_per_s,
-        )
-        self._retry_tokens -= 1.0
-        if self._retry_tokens >= 0.0:
-            return 0.0
-        if self.policy.retry_tokens_per_s <= 0.0:
-            return math.inf
-        return -self._retry_tokens / self.policy.retry_tokens_per_s
+    def served(self, url: str, sent_at: float) -> None:
+        """The node did what a request asked for, or refused it for a reason of the request."""
+        breaker = self._breakers.get(url)
+        if breaker is not None:
+            breaker.succeeded(sent_at)
+            self._note(url, breaker)
 
-    def give_back_retry(self) -> None:
-        """A retry that was taken will not happen: its call ends before."""
-        self._retry_tokens += 1.0
+    def failed(self, url: str, now: float, cause: Cause, *, is_certain: bool) -> None:
+        breaker = self._breakers.get(url)
+        if breaker is None:
+            breaker = self._breakers[url] = Breaker(self.policy)
+        if breaker.failed(now, cause, is_certain=is_certain):
+            self.map_is_stale = True  # what it led has, or soon has, another leader
+        self._note(url, breaker)
+
+    def probes_due(self, now: float) -> list[str]:
+        """URLs of ill nodes to be probed now, each to be reported by `probed`."""
+        if not self._ill:
+            return []
+        return [url for url in sorted(self._ill) if self._breakers[url].take_probe(now)]
+
+    def probed(self, url: str, now: float, status: int | None) -> None:
+        """What `GET /health/ready` gave: an HTTP status, or None when no answer came in time."""
+        breaker = self._breakers[url]
+        if status is not None:
+            self.heard(url, now)
+        cause = Cause.SILENT if status is None else Cause.REFUSING
+        breaker.probed(now, is_well=status == 200, cause=cause)
+        # Well again it may lead again; ill still, an election may have ended since.
+        self.map_is_stale = True
+        self._note(url, breaker)
+
+    def _note(self, url: str, breaker: Breaker) -> None:
+        if breaker.is_closed:
+            self._ill.discard(url)
+        else:
+            self._ill.add(url)
+
+    # -- hedging --------------------------------------------------------------------------
+
+    def took(self, call: Call[Any], seconds: float) -> None:
+        """A call was answered, or took at least so long."""
+        latencies = self._latencies.get(call.name)
+        if latencies is None:
+            latencies = self._latencies[call.name] = Latencies()
+        latencies.add(seconds)
+
+    def hedge_bounds(self, call: Call[Any]) -> Bounds:
+        policy = self.policy
+        if call.name.endswith("_many"):
+            return Bounds(
+                policy.hedge_batch_s_first, policy.hedge_batch_s_min, policy.hedge_batch_s_max
+            )
+        if call.idempotency_key is not None:
+            return Bounds(
+                policy.hedge_write_s_first, policy.hedge_write_s_min, policy.hedge_write_s_max
+            )
+        return Bounds(policy.hedge_s_first, policy.hedge_s_min, policy.hedge_s_max)
+
+    def hedge_after(self, call: Call[Any]) -> float:
+        """Seconds after which a call that has no answer is asked of another node too."""
+        bounds = self.hedge_bounds(call)
+        latencies = self._latencies.get(call.name)
+        if latencies is None:
+            return bounds.first_s
+        return latencies.hedge_after(self.policy.hedge_quantile, bounds)

@@ -21,11 +21,38 @@ from agentmem_client import (
     Unauthorized,
     calls,
 )
-from agentmem_client.core import Done, Exchange, Fail, Failure, Send, Wait
+from agentmem_client.breaker import Cause
+from agentmem_client.core import Exchange
+from agentmem_client.instructions import Done, Fail, Failure, Send, Wait
 from agentmem_client.router import Router
 from agentmem_client.topology import Topology
 
 A, B, C = "http://a", "http://b", "http://c"
+
+
+class OneAtATime:
+    """An exchange whose every request is answered, or fails, before it thinks of a hedge."""
+
+    def __init__(self, call: calls.Call[Any], router: Router, now: float) -> None:
+        self._exchange = Exchange(call, router, now)
+        self._attempt = 0
+
+    def _noted(self, step: Any) -> Any:
+        if isinstance(step, Send):
+            self._attempt = step.attempt
+        return step
+
+    def start(self, now: float) -> Any:
+        return self._noted(self._exchange.start(now))
+
+    def woke(self, now: float) -> Any:
+        return self._noted(self._exchange.woke(now))
+
+    def answered(self, status: int, headers: dict[str, str], body: bytes, now: float) -> Any:
+        return self._noted(self._exchange.answered(self._attempt, status, headers, body, now))
+
+    def failed(self, why: Failure, text: str, now: float) -> Any:
+        return self._noted(self._exchange.failed(self._attempt, why, text, now))
 
 
 def a_map(leader: str | None = "n1", version: int = 1) -> dict[str, Any]:
@@ -72,27 +99,27 @@ def failed(step: Any) -> BaseException:
 
 
 def test_a_request_for_an_owner_goes_to_the_leader_of_its_shard() -> None:
-    assert sent(Exchange(an_add(), a_router("n2"), 0.0).start(0.0)).url == f"{B}/api/v1/memories"
+    assert sent(OneAtATime(an_add(), a_router("n2"), 0.0).start(0.0)).url == f"{B}/api/v1/memories"
 
 
 def test_the_map_is_fetched_before_the_first_request_and_the_next_call_needs_none() -> None:
     router = Router([A], lambda: 0.0)
-    one = Exchange(an_add(), router, 0.0)
+    one = OneAtATime(an_add(), router, 0.0)
     assert sent(one.start(0.0)).url == f"{A}/api/v1/cluster"
     step = one.answered(200, {}, json.dumps(a_map("n3")).encode(), 0.1)
     assert sent(step).url.startswith(C)
     assert isinstance(one.answered(200, {}, STORED, 0.2), Done)
-    assert sent(Exchange(an_add(), router, 1.0).start(1.0)).url.startswith(C)
+    assert sent(OneAtATime(an_add(), router, 1.0).start(1.0)).url.startswith(C)
 
 
 def test_a_leader_that_the_answer_names_is_asked_at_once() -> None:
-    one = Exchange(an_add(), a_router("n1"), 0.0)
+    one = OneAtATime(an_add(), a_router("n1"), 0.0)
     one.start(0.0)
     assert sent(one.answered(503, {}, body("not_leader", leader="n3"), 0.1)).url.startswith(C)
 
 
 def test_redirects_end_although_two_nodes_name_each_other() -> None:
-    one = Exchange(an_add(), a_router("n1"), 0.0)
+    one = OneAtATime(an_add(), a_router("n1"), 0.0)
     step: Any = one.start(0.0)
     hops = 0
     while isinstance(step, Send):
@@ -104,7 +131,7 @@ def test_redirects_end_although_two_nodes_name_each_other() -> None:
 
 
 def test_without_a_leader_the_client_backs_off_and_fetches_the_map_again() -> None:
-    one = Exchange(an_add(), a_router("n1"), 0.0)
+    one = OneAtATime(an_add(), a_router("n1"), 0.0)
     one.start(0.0)
     step = one.answered(503, {"Retry-After": "0.1"}, body("not_leader"), 0.1)
     assert isinstance(step, Wait) and step.seconds >= 0.1
@@ -112,7 +139,7 @@ def test_without_a_leader_the_client_backs_off_and_fetches_the_map_again() -> No
 
 
 def test_a_refused_connection_is_answered_by_another_node_without_waiting() -> None:
-    one = Exchange(an_add(), a_router("n1"), 0.0)
+    one = OneAtATime(an_add(), a_router("n1"), 0.0)
     one.start(0.0)
     step = sent(one.failed(Failure.REFUSED, "Connection refused", 0.1))
     # The map is stale now, so it is fetched, from a node that is not the dead one.
@@ -123,7 +150,7 @@ def test_a_refused_connection_is_answered_by_another_node_without_waiting() -> N
 
 
 def test_every_attempt_of_a_write_carries_the_same_key() -> None:
-    one = Exchange(an_add(), a_router("n1"), 0.0)
+    one = OneAtATime(an_add(), a_router("n1"), 0.0)
     keys = [sent(one.start(0.0)).headers["Idempotency-Key"]]
     step: Any = one.failed(Failure.TIMED_OUT, "", 1.0)
     now = 1.0
@@ -151,36 +178,35 @@ def test_two_calls_have_different_keys() -> None:
 def test_what_asking_again_cannot_mend_is_said_at_once(
     status: int, code: str, kind: type[Exception]
 ) -> None:
-    one = Exchange(an_add(), a_router(), 0.0)
+    one = OneAtATime(an_add(), a_router(), 0.0)
     one.start(0.0)
     assert isinstance(failed(one.answered(status, {}, body(code), 0.1)), kind)
 
 
 def test_a_proxys_bad_gateway_without_a_code_is_retried() -> None:
-    one = Exchange(an_add(), a_router(), 0.0)
+    one = OneAtATime(an_add(), a_router(), 0.0)
     one.start(0.0)
     assert isinstance(one.answered(502, {}, b"<html>", 0.1), Wait)
 
 
 def test_a_server_bug_is_not_retried() -> None:
-    one = Exchange(an_add(), a_router(), 0.0)
+    one = OneAtATime(an_add(), a_router(), 0.0)
     one.start(0.0)
     assert isinstance(one.answered(500, {}, body("internal"), 0.1), Fail)
 
 
 def test_no_attempt_outlives_the_deadline_and_one_node_gets_a_third_of_it() -> None:
-    one = Exchange(an_add(deadline_s=9.0), a_router(), 0.0)
+    one = OneAtATime(an_add(deadline_s=9.0), a_router(), 0.0)
     assert sent(one.start(0.0)).timeout_s == 3.0
-    step: Any = one.failed(Failure.TIMED_OUT, "", 8.0)
-    assert isinstance(step, Wait)
-    now = 8.0 + step.seconds
-    step = sent(one.woke(now))
-    assert step.timeout_s <= 9.0 - now
-    assert int(step.headers["X-AgentMem-Deadline-Ms"]) <= (9.0 - now) * 1000
+    for now in (7.0, 8.0, 8.5):
+        step = sent(one.failed(Failure.TIMED_OUT, "", now))
+        assert step.timeout_s <= 9.0 - now
+        # What the node is told is what is left, and not what the call began with.
+        assert int(step.headers["X-AgentMem-Deadline-Ms"]) <= (9.0 - now) * 1000
 
 
 def test_a_write_that_timed_out_and_was_then_refused_says_that_its_outcome_is_unknown() -> None:
-    one = Exchange(an_add(deadline_s=2.0), a_router(), 0.0)
+    one = OneAtATime(an_add(deadline_s=2.0), a_router(), 0.0)
     one.start(0.0)
     step: Any = one.failed(Failure.BROKEN, "reset", 0.5)
     now = 0.5
@@ -199,7 +225,7 @@ def test_a_write_that_timed_out_and_was_then_refused_says_that_its_outcome_is_un
 
 
 def test_a_write_that_never_left_did_not_happen() -> None:
-    one = Exchange(an_add(deadline_s=1.0), Router([A], lambda: 0.5), 0.0)
+    one = OneAtATime(an_add(deadline_s=1.0), Router([A], lambda: 0.5), 0.0)
     step: Any = one.start(0.0)
     now = 0.0
     while not isinstance(step, Fail):
@@ -213,7 +239,7 @@ def test_a_write_that_never_left_did_not_happen() -> None:
 
 
 def test_when_nothing_ever_answered_patience_is_shorter_than_the_deadline() -> None:
-    one = Exchange(an_add(), Router([A], lambda: 0.5, Policy(unreachable_s_max=0.2)), 0.0)
+    one = OneAtATime(an_add(), Router([A], lambda: 0.5, Policy(unreachable_s_max=0.2)), 0.0)
     step: Any = one.start(0.0)
     now = 0.0
     while not isinstance(step, Fail):
@@ -226,7 +252,7 @@ def test_when_nothing_ever_answered_patience_is_shorter_than_the_deadline() -> N
 
 
 def test_a_call_ends_by_its_deadline_whatever_the_cluster_does() -> None:
-    one = Exchange(an_add(), a_router("n1"), 0.0)
+    one = OneAtATime(an_add(), a_router("n1"), 0.0)
     step: Any = one.start(0.0)
     now, steps = 0.0, 0
     while not isinstance(step, Fail):
@@ -248,7 +274,7 @@ def test_when_the_retry_budget_is_spent_callers_queue_instead_of_making_a_storm(
     router = a_router(retry_tokens_max=3.0, retry_tokens_per_s=10.0, retry_tokens_per_call=0.0)
     waits = []
     for _ in range(13):
-        one = Exchange(an_add(), router, 0.0)
+        one = OneAtATime(an_add(), router, 0.0)
         one.start(0.0)
         step = one.answered(429, {}, body("overloaded"), 0.0)
         assert isinstance(step, Wait)
@@ -261,13 +287,13 @@ def test_when_the_retry_budget_is_spent_callers_queue_instead_of_making_a_storm(
 def test_a_retry_that_would_come_after_the_deadline_is_not_waited_for_nor_paid() -> None:
     router = a_router(retry_tokens_max=1.0, retry_tokens_per_s=0.0, retry_tokens_per_call=0.0)
     for expected in (Wait, Fail, Fail):
-        one = Exchange(an_add(), router, 0.0)
+        one = OneAtATime(an_add(), router, 0.0)
         one.start(0.0)
         assert isinstance(one.answered(429, {}, body("overloaded"), 0.0), expected)
 
 
 def test_the_servers_retry_after_is_kept() -> None:
-    one = Exchange(an_add(), a_router(), 0.0)
+    one = OneAtATime(an_add(), a_router(), 0.0)
     one.start(0.0)
     step = one.answered(429, {"retry-after": "2.5"}, body("overloaded"), 0.0)
     assert isinstance(step, Wait) and step.seconds >= 2.5
@@ -277,36 +303,40 @@ def test_an_older_map_that_comes_late_is_not_taken() -> None:
     router = a_router()
     router.learn(Topology.read(a_map("n2", version=5)))
     router.learn(Topology.read(a_map("n3", version=4)))
-    assert sent(Exchange(an_add(), router, 0.0).start(0.0)).url.startswith(B)
+    assert sent(OneAtATime(an_add(), router, 0.0).start(0.0)).url.startswith(B)
 
 
-def test_a_node_that_just_failed_is_asked_last_for_a_while() -> None:
+def test_a_node_that_is_ill_is_asked_last_until_a_probe_finds_it_well() -> None:
     router = a_router("n1")
-    router.avoid(A, 0.0)
-    assert not sent(Exchange(an_add(), router, 0.5).start(0.5)).url.startswith(A)
-    assert sent(Exchange(an_add(), router, 1.5).start(1.5)).url.startswith(A)
+    router.failed(A, 0.0, Cause.SILENT, is_certain=True)
+    router.map_is_stale = False
+    assert not sent(OneAtATime(an_add(), router, 99.0).start(99.0)).url.startswith(A)
+    assert router.probes_due(99.0) == [A]
+    router.probed(A, 99.1, 200)
+    router.map_is_stale = False
+    assert sent(OneAtATime(an_add(), router, 99.2).start(99.2)).url.startswith(A)
 
 
 def test_a_web_page_in_place_of_a_node_is_named_as_such() -> None:
-    one = Exchange(an_add(), Router([A], lambda: 0.0), 0.0)
+    one = OneAtATime(an_add(), Router([A], lambda: 0.0), 0.0)
     one.start(0.0)
     assert isinstance(failed(one.answered(200, {}, b"<html>", 0.1)), ProtocolError)
-    one = Exchange(an_add(), Router([A], lambda: 0.0), 0.0)
+    one = OneAtATime(an_add(), Router([A], lambda: 0.0), 0.0)
     one.start(0.0)
     assert isinstance(failed(one.answered(404, {}, b"<html>", 0.1)), ProtocolError)
 
 
 def test_a_wrong_key_is_reported_and_not_tried_on_every_node() -> None:
-    one = Exchange(an_add(), Router([A, B, C], lambda: 0.0), 0.0)
+    one = OneAtATime(an_add(), Router([A, B, C], lambda: 0.0), 0.0)
     one.start(0.0)
     assert isinstance(failed(one.answered(401, {}, body("unauthorized"), 0.1)), Unauthorized)
 
 
 def test_a_question_to_one_node_is_asked_once_and_of_no_other() -> None:
-    one = Exchange(calls.health(B), a_router("n1"), 0.0)
+    one = OneAtATime(calls.health(B), a_router("n1"), 0.0)
     assert sent(one.start(0.0)).url == f"{B}/health/ready"
     assert isinstance(failed(one.failed(Failure.REFUSED, "refused", 0.1)), ConnectionFailed)
-    one = Exchange(calls.health(B), a_router("n1"), 0.0)
+    one = OneAtATime(calls.health(B), a_router("n1"), 0.0)
     one.start(0.0)
     step = one.answered(503, {}, b'{"ready": false}', 0.1)
     assert isinstance(step, Done) and not step.value.is_ready
@@ -355,7 +385,7 @@ def test_whatever_happens_a_call_ends_in_time_under_one_key(
     router = Router([A, B], lambda: luck)
     if knows_map:
         router.learn(Topology.read(a_map()))
-    one = Exchange(an_add(deadline_s=deadline_s), router, 100.0)
+    one = OneAtATime(an_add(deadline_s=deadline_s), router, 100.0)
     now, step, keys, sends = 100.0, one.start(100.0), set(), 0
     while not isinstance(step, Done | Fail):
         if isinstance(step, Wait):

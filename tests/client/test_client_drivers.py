@@ -50,7 +50,7 @@ class FromAsync:
 
 @pytest.fixture(params=["blocking", "asyncio"])
 def memory(request: pytest.FixtureRequest, fake: Any) -> Iterator[Any]:
-    policy = client.Policy(deadline_s=5.0, avoid_s=0.2, backoff_s_max=0.2)
+    policy = client.Policy(deadline_s=5.0, backoff_s_max=0.2)
     if request.param == "blocking":
         with client.Client(fake.urls["n1"], policy=policy) as made:
             yield made
