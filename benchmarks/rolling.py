@@ -19,6 +19,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -179,6 +180,14 @@ def longest_hedge_delay(client: AsyncClient, kinds: Sequence[str]) -> float:
     return max(client._router.hedge_after(made[kind]) for kind in kinds)
 
 
+async def leader_of_most(client: AsyncClient) -> str:
+    """The node that leads the shards of the most owners: its stop is met by the most requests."""
+    topology = await client.cluster()
+    shards = [topology.shard_of_owner(f"user:owner-{number}") for number in range(_OWNERS)]
+    leaders = Counter(shard.leader for shard in shards if shard is not None and shard.leader)
+    return leaders.most_common(1)[0][0]
+
+
 @dataclass(slots=True)
 class Stop:
     """What a load met before, while and after a node stood still."""
@@ -205,7 +214,7 @@ async def stopped_node(
         begun = time.perf_counter()
         async with load.running():
             await asyncio.sleep(3.0)
-            victim = next(s.leader for s in (await client.cluster()).shards.values() if s.leader)
+            victim = await leader_of_most(client)
             hedge_s = longest_hedge_delay(client, kinds)
             stopped_at = time.perf_counter() - begun
             cluster.pause(victim)

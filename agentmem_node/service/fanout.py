@@ -2,7 +2,9 @@
 
 A shard that this node holds is read here. Of the others one connected member is asked, several
 shards of it in one call. When that member has not answered after `hedge_s`, or failed, the next
-one is asked too, and the first answer counts. A shard of which no replica answered in time is
+one is asked too, and the first answer counts. Whoever was too slow is asked last for a moment, so
+that a node that stands still costs the searches under way one hedge delay, and later ones none. A
+shard of which no replica answered in time is
 named in the result: what is missing is never hidden.
 """
 
@@ -21,6 +23,9 @@ T = TypeVar("T")
 # (node, shards) -> the answer, or the error, of each shard.
 Ask = Callable[[str, Sequence[str]], Awaitable[dict[str, T | AgentMemError]]]
 
+# How long a replica that was too slow once is asked after the others. A node that stands still is
+# disconnected soon after (`LinkLimits.silence_s_max`).
+_SLOW_S = 1.0
 # Kept back from the deadline, so that what did arrive can still be merged and sent.
 _MERGE_S = 0.02
 
@@ -48,12 +53,29 @@ class FanOut:
         self._routing = routing
         self._clock = clock
         self._hedge_s = hedge_s
+        self._slow_until: dict[tuple[str, str], float] = {}  # (shard, node)
+
+    @property
+    def hedge_s(self) -> float:
+        return self._hedge_s
+
+    def was_slow(self, shard: str, node: str) -> None:
+        """Ask this replica last for a moment."""
+        self._slow_until[shard, node] = self._clock.monotonic() + _SLOW_S
+
+    def _slow(self, shard: str) -> set[str]:
+        if not self._slow_until:
+            return set()
+        now = self._clock.monotonic()
+        for key in [key for key, until in self._slow_until.items() if until <= now]:
+            del self._slow_until[key]
+        return {node for slow_shard, node in self._slow_until if slow_shard == shard}
 
     async def gather(self, shards: Sequence[str], ask: Ask[T], deadline: float) -> Gathered[T]:
         """One answer of each shard, as far as there is one in time. Raises DeadlineExceeded only
         when there was no time at all."""
         self._routing.remaining(deadline)
-        run = _Run(self._routing, ask)
+        run = _Run(self._routing, ask, self._slow)
         try:
             run.launch(shards)
             hedged = False
@@ -68,6 +90,9 @@ class FanOut:
                 )
                 if not done and not hedged:
                     hedged = True
+                    for node, waited_for in run.tasks.values():
+                        for shard in run.pending.intersection(waited_for):
+                            self.was_slow(shard, node)
                     run.launch(sorted(run.pending), hedge=True)
                 for task in done:
                     run.collect(task)
@@ -80,20 +105,23 @@ class FanOut:
 class _Run(Generic[T]):
     """One fan-out under way."""
 
-    def __init__(self, routing: Routing, ask: Ask[T]) -> None:
+    def __init__(self, routing: Routing, ask: Ask[T], slow: Callable[[str], set[str]]) -> None:
         self.gathered: Gathered[T] = Gathered()
         self.pending: set[str] = set()
         self.tasks: dict[asyncio.Task[dict[str, T | AgentMemError]], tuple[str, list[str]]] = {}
         self._tried: dict[str, set[str]] = {}
         self._routing = routing
         self._ask = ask
+        self._slow = slow
 
     def launch(self, shards: Sequence[str], *, hedge: bool = False) -> None:
         """Ask a replica that was not asked yet for each shard."""
         by_node: dict[str, list[str]] = {}
         for shard in shards:
             tried = self._tried.setdefault(shard, set())
-            node = self._routing.replica_for_read(shard, tried)
+            slow = self._slow(shard)
+            node = self._routing.replica_for_read(shard, tried | slow) if slow else None
+            node = node or self._routing.replica_for_read(shard, tried)
             if node is None:
                 if not hedge and not self._is_asked(shard):
                     self.pending.discard(shard)

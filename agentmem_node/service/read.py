@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from agentmem_cluster.errors import AgentMemError, InvalidField
+from agentmem_cluster.errors import AgentMemError, InvalidField, Unavailable
 from agentmem_cluster.runtime import Clock
 from agentmem_node.model import requests as rq
 from agentmem_node.model.cursors import decode_list_cursor, encode_list_cursor
@@ -243,6 +243,22 @@ class Reads:
         """`read.list`: shard -> its page, or its error."""
         filter_ = filter_from_wire(body["filters"], self._limits)
         return await self.answer_each(body, lambda local: self._list_here(local, body, filter_))
+
+    async def settles_soon(
+        self, local: LocalShard, consistency: Consistency, at_index: int, deadline: float
+    ) -> bool:
+        """Whether this replica may answer now. False: another one should be asked, because this
+        one has no quorum, or does not catch up within the hedge delay."""
+        try:
+            if local.group.is_leader:
+                await settle(local, consistency, at_index, deadline)
+            else:
+                async with asyncio.timeout(self._fan_out.hedge_s):
+                    await settle(local, consistency, at_index, deadline)
+            return True
+        except (TimeoutError, Unavailable):
+            self._fan_out.was_slow(local.info.id, self._routing.node_id)
+            return False
 
     # -- asking replicas ------------------------------------------------------------------
 

@@ -35,6 +35,10 @@ from agentmem_node.model.search import SearchQuery
 # Long enough for two elections (timeouts are 0.5 to 1.0 s), short enough that a minority says no.
 _LEADER_WAIT_S_MAX = 2.5
 _LEADER_POLL_S = 0.02
+# A leader that stopped answers nothing, and its link is given up only after a while; its successor
+# may be known before. Looked at from the first time on, and again, while a leader is waited for.
+_REPLACED_LOOK_S_FIRST = 0.1
+_REPLACED_LOOK_S = 0.05
 # What the reply needs to come back after the remote side's own deadline has fired.
 _REPLY_MARGIN_S = 0.05
 
@@ -174,7 +178,7 @@ class Routing:
                 leader = self._next_leader(shard_id)
                 if leader is not None and leader != self.node_id:
                     info = self.current_map().shards[shard_id]
-                    return await there(leader, info)
+                    return await self._while_it_leads(shard_id, leader, there(leader, info))
             except NotLeader as error:
                 if error.leader:
                     self._leader_hints[shard_id] = error.leader
@@ -208,6 +212,38 @@ class Routing:
                     shard=shard_id,
                 )
             await asyncio.sleep(_LEADER_POLL_S)
+
+    async def _while_it_leads(self, shard_id: str, leader: str, answer: Awaitable[T]) -> T:
+        """What that leader answers. Raises Unavailable once another one leads instead.
+
+        It is not left at the first sight of a successor: one that handed its shard over in good
+        order is about to answer.
+        """
+        loop = asyncio.get_running_loop()
+        sightings = 0
+        looking: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal looking, sightings
+            sightings = sightings + 1 if self.leader_of(shard_id) not in (None, leader) else 0
+            if sightings > 1:
+                scope.reschedule(loop.time())
+            else:
+                looking = loop.call_later(_REPLACED_LOOK_S, look)
+
+        looking = loop.call_later(_REPLACED_LOOK_S_FIRST, look)
+        try:
+            async with asyncio.timeout(None) as scope:
+                return await answer
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise Unavailable(
+                f"Node {leader} no longer leads shard {shard_id} and has not answered.",
+                hint="The outcome is unknown: retry with the same request id.",
+            ) from None
+        finally:
+            looking.cancel()
 
     def _next_leader(self, shard_id: str) -> str | None:
         """Whom to send to now; None: wait. Never somebody who cannot be reached, because a leader

@@ -39,7 +39,6 @@ from agentmem_node.service.read import (
     filters_to_wire,
     promoted,
     session_tokens,
-    settle,
 )
 from agentmem_node.service.routing import LocalShard, Routing
 
@@ -108,10 +107,14 @@ class Searches:
         tokens = session_tokens(request.consistency, request.token)
         shards = self._reads.shards_of(caller.tenant, query.scope)
         local = self._routing.local.get(shards[0]) if len(shards) == 1 else None
-        if local is not None and not local.group.needs_reseed:
+        if (
+            local is not None
+            and not local.group.needs_reseed
+            and await self._reads.settles_soon(
+                local, request.consistency, tokens.get(shards[0], 0), caller.deadline
+            )
+        ):
             # The usual case, and the fastest: one shard, and this node has it.
-            at = tokens.get(shards[0], 0)
-            await settle(local, request.consistency, at, caller.deadline)
             if local.shard.index.needs_build(query):
                 await local.build(query)
             fused = local.shard.index.search_local(query)

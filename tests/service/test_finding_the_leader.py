@@ -146,3 +146,58 @@ def test_the_deadline_of_the_request_bounds_the_search() -> None:
         return clock.monotonic() - begun
 
     assert asyncio.run(run()) < 0.28
+
+
+class Stopped(Outside):
+    """`c` leads and has stopped: its connection is up, and it answers nothing."""
+
+    def __init__(self, successor_after_s: float, *, is_alive: bool = False) -> None:
+        super().__init__("abc")
+        self.known: str | None = "c"
+        self.is_alive = is_alive
+        self.successor_after_s = successor_after_s
+
+    def leader_of(self, shard_id: str) -> str | None:
+        return self.known
+
+    async def run(self, seconds: float) -> tuple[str, float]:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        loop.call_later(self.successor_after_s / 2, setattr, self, "known", None)
+        loop.call_later(self.successor_after_s, setattr, self, "known", "b")
+
+        async def here(_local: LocalShard) -> str:
+            raise AssertionError("there is no replica here")
+
+        async def there(node: str, _info: ShardInfo) -> str:
+            self.asked.append(node)
+            if node == "c":
+                await asyncio.sleep(self.successor_after_s + 0.05 if self.is_alive else 30)
+            return node
+
+        answer = await self.at_leader("s00", RealClock().monotonic() + seconds, here, there)
+        return answer, loop.time() - begun
+
+
+def test_a_stopped_leader_is_left_as_soon_as_it_has_a_successor() -> None:
+    stopped = Stopped(successor_after_s=0.3)
+    answer, took_s = asyncio.run(stopped.run(seconds=10))
+    assert (answer, stopped.asked) == ("b", ["c", "b"])
+    assert 0.3 <= took_s < 1.0
+
+
+def test_a_leader_that_hands_over_may_still_answer_what_it_has_taken() -> None:
+    stopped = Stopped(successor_after_s=0.15, is_alive=True)
+    answer, _ = asyncio.run(stopped.run(seconds=10))
+    assert (answer, stopped.asked) == ("c", ["c"])
+
+
+def test_while_nobody_else_leads_a_silent_leader_is_waited_for() -> None:
+    stopped = Stopped(successor_after_s=30, is_alive=False)
+
+    async def run() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(stopped.run(seconds=10), 0.5)
+
+    asyncio.run(run())
+    assert stopped.asked == ["c"]
