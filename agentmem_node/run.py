@@ -99,6 +99,8 @@ async def _serve(config: Config, announce: Callable[[str], None]) -> int:
         # Leaderships move while the last requests are still answered.
         await node.hand_over()
         await server.stop(grace_s=_DRAIN_S)
+        # What an election has brought back meanwhile.
+        await node.hand_over()
         await node.stop(clean=not failure)
     if failure:
         announce(f"error: the node stopped: {failure[0]}")

@@ -14,7 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agentmem_cluster.errors import AgentMemError, ModelUnavailable, NotLeader, Unavailable
+from agentmem_cluster.errors import (
+    AgentMemError,
+    ModelUnavailable,
+    NotLeader,
+    ShuttingDown,
+    Unavailable,
+)
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import LEVEL, NodeInfo
@@ -67,6 +73,7 @@ _CALLS = (
     "search.statistics",
     "search.candidates",
     "search.records",
+    "shard.may_lead",
 )
 
 
@@ -83,6 +90,7 @@ class Node:
         self._keys = KeyTable.from_config(config.security.api_keys)
         self._tasks: list[asyncio.Task[None]] = []
         self._disk_is_full = False
+        self._is_leaving = False
         self._data: DataDir | None = None
         self._host: Host | None = None
         self._link: Link | None = None
@@ -153,6 +161,7 @@ class Node:
             searches.on_statistics,
             searches.on_candidates,
             searches.on_records,
+            self._on_may_lead,
         )
         for method, handler in zip(_CALLS, handlers, strict=True):
             self._link.register(method, handler)
@@ -400,8 +409,17 @@ class Node:
 
     # -- stop -----------------------------------------------------------------------------
 
+    async def _on_may_lead(self, _peer: str, _body: dict[str, Any]) -> None:
+        """`shard.may_lead`: a peer is about to give this node a leadership."""
+        if self._is_leaving:
+            raise ShuttingDown(f"Node {self.node_id} is shutting down.")
+
     async def hand_over(self) -> None:
-        """Give leaderships away, so that writes go on elsewhere without an election."""
+        """Give leaderships away, so that writes go on elsewhere without an election.
+
+        From now on peers give none back.
+        """
+        self._is_leaving = True
         if self._host is not None:
             await self._host.hand_over()
 
