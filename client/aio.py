@@ -7,6 +7,7 @@ import math
 import os
 import random
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -57,7 +58,8 @@ class _NoAnswer:
     text: str
 
 
-_Outcome = _Answer | _NoAnswer | ProtocolError
+_Outcome = _Answer | _NoAnswer
+_Event = tuple[int, _Outcome | Exception]  # the number of the attempt, and what came of it
 
 
 def seed_urls(urls: str | Sequence[str]) -> list[str]:
@@ -137,7 +139,8 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         exchange = Exchange(call, self._router, loop.time())
         step = exchange.start(loop.time())
-        on_the_wire: dict[asyncio.Task[_Outcome], int] = {}
+        inbox = _Inbox(loop)
+        on_the_wire: list[asyncio.Task[None]] = []
         try:
             while True:
                 if isinstance(step, Done):
@@ -145,18 +148,25 @@ class AsyncClient:
                 if isinstance(step, Fail):
                     raise step.error
                 if isinstance(step, Send):
-                    on_the_wire[loop.create_task(self._send(session, step))] = step.attempt
+                    on_the_wire.append(loop.create_task(self._attempt(session, step, inbox)))
                     pause_s = step.patience_s
                 else:
                     pause_s = step.seconds
-                self._probe_the_ill(session)
-                step = await _next_event(exchange, on_the_wire, pause_s)
+                if self._router.has_ill:
+                    self._probe_the_ill(session)
+                step = _told(exchange, await inbox.next(pause_s), loop.time())
         finally:
             for task in on_the_wire:
                 task.cancel()
 
+    async def _attempt(self, session: aiohttp.ClientSession, request: Send, inbox: _Inbox) -> None:
+        try:
+            inbox.put((request.attempt, await self._send(session, request)))
+        except Exception as error:  # a bug of ours, or of a library: the call raises it
+            inbox.put((request.attempt, error))
+
     async def _send(self, session: aiohttp.ClientSession, request: Send) -> _Outcome:
-        """What came of one request; never raises, because nobody may be left to hear it."""
+        """What came of one request."""
         try:
             async with asyncio.timeout(request.timeout_s):
                 async with session.request(
@@ -173,11 +183,12 @@ class AsyncClient:
         except aiohttp.ClientConnectorError as error:
             return _NoAnswer(Failure.REFUSED, _reason(error))
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
-            return ProtocolError(f"{request.url!r} is not a URL of a node.")
+            if not request.url.startswith(tuple(self._router.seeds)):
+                # The map names it: the other nodes need not suffer.
+                return _NoAnswer(Failure.REFUSED, "its address is no URL")
+            raise ProtocolError(f"{request.url!r} is not a URL of a node.") from None
         except (aiohttp.ClientError, OSError) as error:
             return _NoAnswer(Failure.BROKEN, _reason(error))
-        except ProtocolError as error:
-            return error
 
     def _probe_the_ill(self, session: aiohttp.ClientSession) -> None:
         """Ask nodes whose breaker is open whether they are well again, beside the calls."""
@@ -325,30 +336,53 @@ class AsyncClient:
         return await self.run(calls.health(url or self._router.seeds[0], deadline_s))
 
 
-async def _next_event(
-    exchange: Exchange[T], on_the_wire: dict[asyncio.Task[_Outcome], int], pause_s: float
-) -> Instruction[T]:
-    """Wait for the first answer or for `pause_s`, and tell the exchange which it was."""
-    clock = asyncio.get_running_loop().time
-    if not on_the_wire:
-        await asyncio.sleep(pause_s)
-        return exchange.woke(clock())
-    done, _ = await asyncio.wait(
-        on_the_wire,
-        timeout=None if pause_s == math.inf else pause_s,
-        return_when=asyncio.FIRST_COMPLETED,
-    )
-    if not done:
-        return exchange.woke(clock())
-    # Of several the others are found done in the next turn.
-    task = min(done, key=on_the_wire.__getitem__)
-    attempt = on_the_wire.pop(task)
-    outcome = task.result()
+def _told(exchange: Exchange[T], event: _Event | None, now: float) -> Instruction[T]:
+    """Tell the exchange what happened; None: nothing did in time."""
+    if event is None:
+        return exchange.woke(now)
+    attempt, outcome = event
     if isinstance(outcome, _Answer):
-        return exchange.answered(attempt, outcome.status, outcome.headers, outcome.body, clock())
+        return exchange.answered(attempt, outcome.status, outcome.headers, outcome.body, now)
     if isinstance(outcome, _NoAnswer):
-        return exchange.failed(attempt, outcome.why, outcome.text, clock())
+        return exchange.failed(attempt, outcome.why, outcome.text, now)
     raise outcome
+
+
+class _Inbox:
+    """What came of the requests of one call, in the order in which it came.
+
+    Does for one waiting task what `asyncio.wait` does for any, in a third of its time.
+    """
+
+    __slots__ = ("_events", "_loop", "_waiter")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: deque[_Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: _Event) -> None:
+        self._events.append(event)
+        self._wake()
+
+    async def next(self, timeout_s: float) -> _Event | None:
+        """The next event; None when there is none within `timeout_s`."""
+        if not self._events:
+            self._waiter = self._loop.create_future()
+            timer = None
+            if timeout_s != math.inf:
+                timer = self._loop.call_later(timeout_s, self._wake)
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+        return self._events.popleft() if self._events else None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 async def _read(answer: aiohttp.ClientResponse, bytes_max: int) -> bytes:

@@ -87,6 +87,10 @@ class Router:
 
     # -- the nodes ------------------------------------------------------------------------
 
+    @property
+    def has_ill(self) -> bool:
+        return bool(self._ill)
+
     def is_ill(self, url: str) -> bool:
         return url in self._ill
 

@@ -20,6 +20,15 @@ from aiohttp import web
 import agentmem_client as client
 
 
+@contextlib.contextmanager
+def silent_node() -> Iterator[str]:
+    """A URL where connections are taken, and nothing is ever answered: as under SIGSTOP."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(64)
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+
 class FromAsync:
     """Drives an AsyncClient as if it blocked, so that each test is written once."""
 
@@ -222,6 +231,48 @@ def test_a_silent_node_costs_no_more_than_the_deadline() -> None:
         with client.Client(url) as memory, pytest.raises(client.DeadlineExceeded):
             memory.get("x", deadline_s=0.8)
         assert time.monotonic() - started < 2.0
+
+
+def test_a_stopped_node_is_left_after_a_moment_and_later_calls_do_not_wait(
+    memory: Any, fake: Any
+) -> None:
+    added = memory.add("tea", user_id="ana").memories[0]
+    shard = fake.shard_of("user:ana")
+    stopped = fake.leaders[shard]
+    with silent_node() as url:
+        # The map says that the leader is where connections are taken and nothing is answered.
+        fake.urls[stopped] = url
+        memory.cluster()
+        took: list[float] = []
+        for _ in range(12):
+            begun = time.monotonic()
+            assert memory.get(added.id).content == "tea"
+            took.append(time.monotonic() - begun)
+        writing = time.monotonic()
+        memory.update(added.id, "more tea")
+        took_to_write_s = time.monotonic() - writing
+    assert client.Policy().hedge_s_first <= took[0] < 1.5
+    assert max(took[1:]) < client.Policy().hedge_s_first
+    assert took_to_write_s < client.Policy().hedge_write_s_first
+
+
+def test_a_write_to_a_stopped_node_is_done_once_by_another(memory: Any, fake: Any) -> None:
+    stopped = fake.leaders[fake.shard_of("user:ana")]
+    with silent_node() as url:
+        fake.urls[stopped] = url
+        memory.cluster()
+        begun = time.monotonic()
+        assert len(memory.add("tea", user_id="ana").memories) == 1
+        assert client.Policy().hedge_write_s_first <= time.monotonic() - begun < 2.0
+    assert [m["content"] for m in fake.memories.values()] == ["tea"]
+
+
+def test_an_address_in_the_map_that_is_no_url_costs_only_its_own_node(
+    memory: Any, fake: Any
+) -> None:
+    fake.urls[fake.leaders[fake.shard_of("user:ana")]] = "http://127.0.0.1:999999"
+    memory.cluster()
+    assert memory.add("tea", user_id="ana").memories
 
 
 def test_health_is_of_the_node_that_was_asked(memory: Any, fake: Any) -> None:
