@@ -75,7 +75,7 @@ class AsyncClient:
     """Talks to a cluster: `async with AsyncClient("http://127.0.0.1:7700") as memory: ...`.
 
     `urls`: one or more nodes; the others are learnt from them. Safe to share by many tasks;
-    at most `in_flight_max` requests are on the wire at once, the rest wait their turn.
+    at most `in_flight_max` requests are on the wire to one node at once, the rest wait their turn.
     Every method raises errors of `agentmem_client.errors` only.
     """
 
@@ -122,8 +122,12 @@ class AsyncClient:
         if self._closed:
             raise ClientClosed("This client was closed.")
         if self._session is None:
+            # A bound for each node: one that stands still must not hold the places that the
+            # others need to answer in its stead.
             connector = aiohttp.TCPConnector(
-                limit=self._in_flight_max, ssl=self._tls if self._tls is not None else True
+                limit=0,
+                limit_per_host=self._in_flight_max,
+                ssl=self._tls if self._tls is not None else True,
             )
             self._session = aiohttp.ClientSession(
                 connector=connector,

@@ -267,6 +267,20 @@ def test_a_write_to_a_stopped_node_is_done_once_by_another(memory: Any, fake: An
     assert [m["content"] for m in fake.memories.values()] == ["tea"]
 
 
+def test_a_stopped_node_does_not_hold_the_places_of_requests_to_others(fake: Any) -> None:
+    async def story() -> float:
+        async with client.AsyncClient(fake.urls["n1"], in_flight_max=2) as memory:
+            added = (await memory.add("tea", user_id="ana")).memories[0]
+            with silent_node() as url:
+                fake.urls[fake.leaders[fake.shard_of("user:ana")]] = url
+                await memory.cluster()
+                begun = time.monotonic()
+                await asyncio.gather(*(memory.get(added.id) for _ in range(20)))
+                return time.monotonic() - begun
+
+    assert asyncio.run(story()) < 1.5
+
+
 def test_an_address_in_the_map_that_is_no_url_costs_only_its_own_node(
     memory: Any, fake: Any
 ) -> None:
