@@ -27,6 +27,7 @@ PARTS = {
     "embed": "benchmarks.embed",
     "footprint": "benchmarks.footprint",
     "failover": "benchmarks.failover",
+    "rolling": "benchmarks.rolling",
 }
 _PART_S_MAX = 1_800
 
