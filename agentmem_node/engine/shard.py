@@ -164,12 +164,14 @@ class Shard:
             self._failure = error
             raise
 
-    def rebase(self, index: int) -> None:
-        """Continue at a later entry: a restored state becomes the beginning of a newer log."""
+    def rebase(self, index: int, ended: int) -> None:
+        """Take the place of the final state of epoch `ended`, whose last entry is `index`: what
+        was restored from a backup becomes the beginning of a newer log."""
         self._check()
-        if index < self.applied_index:
-            raise ValueError(f"shard {self.id} is at entry {self.applied_index}, after {index}")
-        self._store.state.applied_index = index
+        state = self._store.state
+        if index < state.applied_index:
+            raise ValueError(f"shard {self.id} is at entry {state.applied_index}, after {index}")
+        state.applied_index, state.epoch, state.is_sealed = index, ended, True
 
     def abandon(self) -> None:
         """Close without a checkpoint: the files are about to be removed."""

@@ -15,7 +15,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from agentmem_cluster.errors import AgentMemError, DeadlineExceeded, NoQuorum
+from agentmem_cluster.errors import (
+    AgentMemError,
+    DeadlineExceeded,
+    NoQuorum,
+    NotLeader,
+    WrongShard,
+)
 from agentmem_cluster.runtime import Clock
 from agentmem_node.service.routing import Routing
 
@@ -26,6 +32,9 @@ Ask = Callable[[str, Sequence[str]], Awaitable[dict[str, T | AgentMemError]]]
 # How long a replica that was too slow once is asked after the others. A node that stands still is
 # disconnected soon after (`LinkLimits.silence_s_max`).
 _SLOW_S = 1.0
+# How long a shard that changes hands is asked for again, and how often.
+_MOVING_S_MAX = 2.5
+_MOVING_POLL_S = 0.01
 # Kept back from the deadline, so that what did arrive can still be merged and sent.
 _MERGE_S = 0.02
 
@@ -79,7 +88,17 @@ class FanOut:
         try:
             run.launch(shards)
             hedged = False
-            while run.tasks and run.pending:
+            moving_until = min(deadline, self._clock.monotonic() + _MOVING_S_MAX)
+            while run.pending:
+                if not run.tasks:
+                    # All said that the shard is elsewhere, or between two leaders: it takes a
+                    # moment until they, or this node, know where.
+                    if self._clock.monotonic() >= moving_until - _MERGE_S:
+                        break
+                    self._routing.on_stale_map()
+                    await asyncio.sleep(_MOVING_POLL_S)
+                    run.again()
+                    continue
                 left = deadline - _MERGE_S - self._clock.monotonic()
                 if left <= 0:
                     break
@@ -124,6 +143,8 @@ class _Run(Generic[T]):
             node = node or self._routing.replica_for_read(shard, tried)
             if node is None:
                 if not hedge and not self._is_asked(shard):
+                    if isinstance(self.gathered.errors.get(shard), WrongShard | NotLeader):
+                        continue  # pending: it is only changing hands
                     self.pending.discard(shard)
                     self.gathered.errors.setdefault(
                         shard,
@@ -162,6 +183,12 @@ class _Run(Generic[T]):
             self.pending.discard(shard)
         if again:
             self.launch(again)
+
+    def again(self) -> None:
+        """Ask every replica of what is pending once more."""
+        for shard in self.pending:
+            self._tried[shard].clear()
+        self.launch(sorted(self.pending))
 
     def _is_asked(self, shard: str) -> bool:
         return any(shard in wanted for _, wanted in self.tasks.values())

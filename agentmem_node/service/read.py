@@ -11,12 +11,19 @@ import asyncio
 import heapq
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 
-from agentmem_cluster.errors import AgentMemError, InvalidField, Unavailable
+from agentmem_cluster.errors import (
+    AgentMemError,
+    InvalidField,
+    NotLeader,
+    Unavailable,
+    WrongShard,
+)
 from agentmem_cluster.runtime import Clock
 from agentmem_node.model import requests as rq
 from agentmem_node.model.cursors import decode_list_cursor, encode_list_cursor
@@ -363,8 +370,9 @@ class Reads:
         """Ask one replica of one shard; its error is the caller's."""
         local = self._routing.local.get(shard_id)
         if local is not None and local.group.is_leader:
-            await settle(local, consistency, at, deadline)
-            return read(local)  # the usual case: no task, no timer
+            with suppress(WrongShard, NotLeader):  # it has changed hands: ask the others
+                await settle(local, consistency, at, deadline)
+                return read(local)  # the usual case: no task, no timer
 
         async def ask(node: str, _shards: Sequence[str]) -> dict[str, Any]:
             epoch = self._routing.current_map().shards[shard_id].epoch

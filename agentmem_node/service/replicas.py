@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +45,7 @@ _CALL_S: Final = 2.0
 _LINGER_S: Final = 3.0
 
 OpenShard = Callable[[str, Path], Shard]
+Fetch = Callable[[str, str, Path, Callable[[int, int], None]], None]
 
 
 class Replicas:
@@ -104,6 +105,8 @@ class Replicas:
             "replica.seal": self._on_seal,
             "replica.close": self._on_close,
         }
+        # How a shard is fetched out of a backup (source, shard, folder, progress); blocks.
+        self.fetch: Fetch = _no_backups
         # How a peer's view of the cluster is taken over; set by the membership.
         self.learn_view: Callable[[Any], Any] = lambda wire: None
         self.view_wire: Callable[[], Any] = lambda: None
@@ -151,9 +154,9 @@ class Replicas:
         until_s = self._clock.monotonic() + _LINGER_S
         self._lingering.append((until_s, state, self._folder / folder))
 
-    def rebase(self, state: EpochAware, index: int) -> None:
+    def rebase(self, state: EpochAware, index: int, ended: int) -> None:
         assert isinstance(state, Shard)
-        state.rebase(index)
+        state.rebase(index, ended)
 
     def _served(self, served: Served, group: AsyncGroup) -> None:
         shard = served.machine.inner
@@ -348,7 +351,10 @@ class Replicas:
             running.cancel()
         if staged is None or staged.info != target or staged.machine is None:
             staged = self.set.begin_copy(target, change.id, change.from_epoch)
-        self._start_copy(staged, change.shard, body["source"])
+        if change.source:
+            self._start(staged, self._restore(staged, change))
+        else:
+            self._start_copy(staged, change.shard, body["source"])
 
     async def stage_here(self, body: dict[str, Any]) -> None:
         await self._on_stage(self._node_id, body)
@@ -361,7 +367,10 @@ class Replicas:
     # -- copying ---------------------------------------------------------------------------------
 
     def _start_copy(self, staged: Staged, shard: str, source: str) -> None:
-        task = asyncio.create_task(self._copy(staged, shard, source), name=f"copy-{staged.info.id}")
+        self._start(staged, self._copy(staged, shard, source))
+
+    def _start(self, staged: Staged, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=f"copy-{staged.info.id}")
         self._copies[staged.info.id] = task
 
         def ended(_: asyncio.Task[None]) -> None:
@@ -388,6 +397,30 @@ class Replicas:
             self._fail(staged, source, error)
         except (AgentMemError, OSError, ValueError, KeyError) as error:
             self._fail(staged, source, error)
+
+    async def _restore(self, staged: Staged, change: Change) -> None:
+        """Make the next replica from a backup instead of a member's."""
+        folder = self._folder / staged.folder
+        staged.state, staged.error = Staging.COPYING, ""
+        try:
+            if staged.machine is None:
+                if folder.exists():
+                    self._discard(folder)
+
+                def progress(done: int, total: int) -> None:
+                    staged.done_bytes, staged.total_bytes = done, total
+
+                await asyncio.to_thread(self.fetch, change.source, change.shard, folder, progress)
+                state = self._open_shard(staged.info.id, folder)
+                staged.machine = EpochMachine(state, staged.follows)
+            machine = staged.machine
+            staged.state = Staging.COMPLETE
+            while self.set.staged.get(staged.info.id) is staged:
+                await self._make_durable(machine)
+                self.settle()
+                await asyncio.sleep(_BUSY_S)
+        except (AgentMemError, OSError, ValueError, KeyError) as error:
+            self._fail(staged, change.source, error)
 
     def _fail(self, staged: Staged, source: str, error: Exception) -> None:
         staged.state, staged.error = Staging.FAILED, str(error)
@@ -479,6 +512,10 @@ class Replicas:
         if local is not None and epoch == -1:
             return local
         return self._routing.check_epoch(shard, epoch)
+
+
+def _no_backups(source: str, shard: str, *_: Any) -> None:
+    raise Unavailable(f"This node cannot read the backup {source}.")
 
 
 async def _no_link(*_: Any, **__: Any) -> Any:

@@ -156,7 +156,9 @@ class Conductor:
         keeping = {
             node: r.old
             for node, r in reports.items()
-            if r.old is not None and self.change.keeps_its_state(node, self.change.shard)
+            if r.old is not None
+            and node in self.change.targets[0].members
+            and self.change.keeps_its_state(node, self.change.shard)
         }
         if self._checkpoint_at is None:
             self._checkpoint_at = {node: old.applied_index for node, old in keeping.items()}
@@ -237,13 +239,21 @@ class Conductor:
                 if 2 * sum(m in reports for m in target.members) <= len(target.members):
                     possible = False
         if complete or (enough and waited_s >= self._timing.straggler_s):
-            return [Found(Base(*seal))]
+            return [Found(self._base(reports, seal))]
         wait_s = self._timing.redirect_s * (1 if not possible else 5)
         if not enough and waited_s >= wait_s and not self.change.is_split:
             redirect = Redirect(self.change.old_members)
             if set(self.change.targets[0].members) != set(redirect.members) or self.change.fresh:
                 return [redirect] if self._ask(redirect, now_s) else []
         return todo
+
+    def _base(self, reports: Mapping[str, Report], seal: tuple[int, int]) -> Base:
+        """Where the next log begins. Never before what it continues (tokens only grow), and past
+        what was restored, so that the state says by its index whether it was rebased."""
+        if not self.change.source:
+            return Base(*seal)
+        restored = [s.applied_index for r in reports.values() for s in r.staged.values()]
+        return Base(max(seal[0], *restored) + 1, seal[1])
 
     def _has_final(self, report: Report, target: ShardInfo, seal: tuple[int, int]) -> bool:
         """Whether a member has the final state, on disk."""

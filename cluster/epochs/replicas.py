@@ -57,8 +57,8 @@ class States(Protocol):
         """Nobody takes part with it any more: it may be closed, and its folder removed."""
         ...
 
-    def rebase(self, state: EpochAware, index: int) -> None:
-        """Let the applied index of a restored state be `index`, where its new log begins."""
+    def rebase(self, state: EpochAware, index: int, ended: int) -> None:
+        """Let a restored state be the final one of epoch `ended`, at entry `index`."""
         ...
 
 
@@ -199,6 +199,10 @@ class ReplicaSet:
     def _may_hold(self, shard: str, epoch: int) -> bool:
         return self.record.may_take_part(shard, epoch)
 
+    def _is_restored(self, info: ShardInfo) -> bool:
+        change = self.changes.get(info.id)
+        return change is not None and bool(change.source) and change.target_of(info.id) == info
+
     # -- taking part, and leaving --------------------------------------------------------------
 
     def _go_on(self, served: Served, info: ShardInfo, base: Base) -> None:
@@ -223,9 +227,10 @@ class ReplicaSet:
             base = Base(machine.inner.applied_index, staged.last_term)
         elif base is None or staged.state is not Staging.COMPLETE:
             return
+        if self._is_restored(info) and machine.inner.applied_index != base.index:
+            self._states.rebase(machine.inner, base.index, info.epoch - 1)
+            return  # until that is on disk
         del self.staged[info.id]
-        if machine.inner.applied_index != base.index:
-            self._states.rebase(machine.inner, base.index)
         self._take_part(info, staged.folder, machine.inner, base)
 
     def _take_part(self, info: ShardInfo, folder: str, state: EpochAware, base: Base) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from agentmem_cluster.epochs.machine import EpochMachine
 from agentmem_cluster.errors import AgentMemError, NoQuorum
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.raft.api import Entry
@@ -86,7 +87,10 @@ class Replica:
         self.routing.map = ShardMap.initial(["a", "b"], shards=1, replication=2)
         (info,) = self.routing.map.shards.values()
         self.shard = Shard.open(folder / name, info.id, dim=0, index_factory=ShardIndex)
-        self.routing.local[info.id] = LocalShard(info, cast("AsyncGroup", group), self.shard)
+        machine = EpochMachine(self.shard, 1)
+        self.routing.local[info.id] = LocalShard(
+            info, cast("AsyncGroup", group), self.shard, machine
+        )
         limits = Limits()
         fan_out = FanOut(self.routing, self.clock, HEDGE_S)
         self.reads = Reads(self.routing, fan_out, clock=self.clock, limits=limits)

@@ -1,0 +1,148 @@
+"""What is done next about a change, in tables: reports in, instructions out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from agentmem_cluster.epochs.change import Base, Change
+from agentmem_cluster.epochs.conductor import (
+    Checkpoint,
+    Conductor,
+    Finish,
+    Found,
+    Redirect,
+    SealOld,
+    Stage,
+    Timing,
+)
+from agentmem_cluster.epochs.reports import (
+    NewReplica,
+    OldReplica,
+    Report,
+    StagedReplica,
+    Staging,
+)
+from agentmem_cluster.shardmap import ShardInfo
+
+OLD = ("n1", "n2", "n3")
+TARGET = ShardInfo("s00", 2, ("n2", "n3", "n4"), "n4", 0, 16_384)
+MOVE = Change("c1", "s00", 1, OLD, (TARGET,))
+SEAL = (100, 7)
+
+
+def old(
+    node: str, applied: int = 100, durable: int = 100, *, leads: bool = False, seal: bool = False
+) -> Report:
+    return Report(node, OldReplica(applied, durable, is_leader=leads, seal=SEAL if seal else None))
+
+
+def copy(state: Staging, applied: int = 100, durable: int = 100, *, seal: bool = False) -> Report:
+    staged = StagedReplica(state, applied, durable, SEAL if seal else None)
+    return Report("n4", None, {"s00": staged})
+
+
+def step(conductor: Conductor, reports: list[Report], now_s: float, change: Change = MOVE):  # type: ignore[no-untyped-def]
+    return conductor.step(change, {report.node: report for report in reports}, now_s)
+
+
+def test_a_move_copies_follows_checkpoints_seals_founds_and_finishes() -> None:
+    conductor = Conductor(MOVE, 0.0)
+    members = [old("n1", leads=True), old("n2"), old("n3")]
+    # A follower is copied from, not the leader.
+    assert step(conductor, [*members, Report("n4")], 0.0) == [Stage("n4", "s00", "n2")]
+    assert step(conductor, [*members, copy(Staging.COPYING, 0, 0)], 0.1) == []
+    behind = [old("n1", 900, leads=True), old("n2", 900), old("n3", 900)]
+    assert step(conductor, [*behind, copy(Staging.FOLLOWING)], 0.2) == []
+    near = [old("n1", 900, leads=True), old("n2", 899), old("n3", 899)]
+    assert step(conductor, [*near, copy(Staging.FOLLOWING, 890)], 0.3) == [
+        Checkpoint("n2"),
+        Checkpoint("n3"),
+    ]
+    flushed = [old("n1", 950, leads=True), old("n2", 950, 899), old("n3", 950, 899)]
+    assert step(conductor, [*flushed, copy(Staging.FOLLOWING, 940)], 0.4) == [SealOld("n1")]
+    sealed = [old("n1", seal=True, leads=True), old("n2", seal=True), old("n3", seal=True)]
+    assert step(conductor, [*sealed, copy(Staging.FOLLOWING)], 0.5) == []
+    final = copy(Staging.COMPLETE, seal=True)
+    assert step(conductor, [*sealed, final], 0.6) == [Found(Base(*SEAL))]
+    founded = MOVE.founded(Base(*SEAL))
+    serving = [Report(n, new={"s00": NewReplica(101, has_begun=True)}) for n in TARGET.members]
+    assert step(conductor, serving[:2], 0.7, founded) == []
+    assert step(conductor, serving, 0.8, founded) == [Finish()]
+
+
+def test_nothing_is_sealed_while_a_new_member_is_not_ready() -> None:
+    conductor = Conductor(MOVE, 0.0)
+    members = [old("n1", leads=True), old("n2"), old("n3")]
+    for number in range(50):
+        steps = step(conductor, [*members, copy(Staging.COPYING, 0, 0)], number / 10)
+        assert not any(isinstance(one, SealOld | Found) for one in steps)
+
+
+def test_a_failed_copy_is_begun_again_but_not_in_a_hurry() -> None:
+    conductor = Conductor(MOVE, 0.0)
+    members = [old("n1", leads=True), old("n2"), old("n3")]
+    begun = sum(
+        len(step(conductor, [*members, copy(Staging.FAILED)], number / 100))
+        for number in range(300)
+    )
+    assert begun == 3
+
+
+def test_a_member_that_stays_away_does_not_hold_up_the_others() -> None:
+    conductor = Conductor(MOVE, 0.0, Timing(missing_s=5.0))
+    present = [old("n1", leads=True), old("n2"), copy(Staging.FOLLOWING)]
+    assert step(conductor, present, 1.0) == []
+    assert step(conductor, present, 6.0) == [SealOld("n1")]
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.1])
+def test_after_the_seal_stragglers_get_only_a_moment(after_s: float) -> None:
+    conductor = Conductor(MOVE, 0.0)
+    sealed = [old("n1", seal=True, leads=True), old("n2", seal=True), old("n3", 90)]
+    present = [*sealed, copy(Staging.COMPLETE, seal=True)]
+    assert step(conductor, present, 10.0) == []
+    assert step(conductor, present, 10.0 + after_s) == []
+    assert step(conductor, present, 10.3) == [Found(Base(*SEAL))]
+
+
+def test_the_final_state_must_be_on_a_majority_of_disks() -> None:
+    conductor = Conductor(MOVE, 0.0)
+    sealed = [
+        old("n1", seal=True),
+        old("n2", durable=99, seal=True),
+        old("n3", durable=0, seal=True),
+    ]
+    for now_s in (0.0, 0.3, 1.0):
+        assert step(conductor, [*sealed, copy(Staging.COMPLETE, seal=True)], now_s) == []
+
+
+def test_when_the_new_members_do_not_come_the_old_ones_are_taken_again() -> None:
+    elsewhere = replace(TARGET, members=("n4", "n5", "n6"), preferred_leader="n4")
+    change = replace(MOVE, targets=(elsewhere,))
+    conductor = Conductor(change, 0.0)
+    sealed = [old(n, seal=True) for n in OLD]
+    assert step(conductor, sealed, 0.0, change) == []
+    assert step(conductor, sealed, 2.5, change) == [Redirect(OLD)]
+    back = replace(change, targets=(replace(elsewhere, members=OLD, preferred_leader="n1"),))
+    assert step(conductor, sealed, 2.6, back) == [Found(Base(*SEAL))]
+
+
+def test_another_leader_of_the_meta_group_goes_on_from_reports_alone() -> None:
+    sealed = [old(n, seal=True) for n in OLD]
+    final = copy(Staging.COMPLETE, seal=True)
+    assert step(Conductor(MOVE, 50.0), [*sealed, final], 50.0) == [Found(Base(*SEAL))]
+
+
+def test_a_lost_replica_is_copied_though_its_node_was_a_member() -> None:
+    same = replace(TARGET, members=OLD, preferred_leader="n1")
+    change = replace(MOVE, targets=(same,), fresh=("n3",))
+    conductor = Conductor(change, 0.0)
+    members = [old("n1", leads=True), old("n2"), Report("n3")]
+    assert step(conductor, members, 0.0, change) == [Stage("n3", "s00", "n2")]
+
+
+def test_a_report_crosses_the_link_unchanged() -> None:
+    for report in (old("n1", seal=True), copy(Staging.COMPLETE, seal=True), Report("n4")):
+        assert Report.from_wire(report.node, report.to_wire()) == report
