@@ -290,10 +290,14 @@ class SearchSection(_Section, frozen=True):
 
 
 class ApiKey(_Section, frozen=True):
-    """One API key: `key_hash` (SHA-256, hex) or `key_env` (the variable that holds the key)."""
+    """One API key: `key_hash` (SHA-256, hex) or `key_env` (the variable that holds the key).
+
+    `admin`: it may also move shards, drain and remove nodes, and check the cluster.
+    """
 
     tenant: str = "default"
     id: str = ""
+    admin: bool = False
     key_hash: str | None = None
     key_env: str | None = None
 
@@ -306,7 +310,8 @@ class SecuritySection(_Section, frozen=True):
         Meta(
             max_length=10_000,
             description="API keys and their tenants. Only hashes stand in a file: "
-            "`agentmem key new` prints a key once, with the line for this list.",
+            "`agentmem key new` prints a key once, with the line for this list. Only keys with "
+            "`admin = true` may change the cluster.",
         ),
     ] = []
     require: Annotated[

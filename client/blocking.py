@@ -15,7 +15,7 @@ from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from agentmem_client import batches
+from agentmem_client import batches, calls
 from agentmem_client.aio import DEFAULT_URL, AsyncClient
 from agentmem_client.errors import AgentMemError, ClientClosed
 from agentmem_client.options import (
@@ -115,6 +115,10 @@ class Client:
             # Ctrl-C in the caller's thread: nobody waits for the call any more.
             future.cancel()
             raise
+
+    def run(self, call: calls.Call[T]) -> T:
+        """Carry out one call of `agentmem_client.calls`, retries included."""
+        return self._wait(self._client.run(call))
 
     # -- the calls: see AsyncClient -------------------------------------------------------
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from agentmem_cluster.errors import Overloaded
 from agentmem_node.model.limits import Limits
 
-Class = Literal["search", "write", "read", "free"]
+Class = Literal["search", "write", "read", "admin", "free"]
 # No class may take every place: a flood of adds must leave room for searches, and the reverse.
 _SHARE_OF_ONE_CLASS = 0.75
+# Operators must get through to a node that has too much to do: they have places of their own.
+_ADMIN_MAX = 32
 
 
 class Admission:
@@ -20,14 +22,21 @@ class Admission:
         self._class_max = max(1, int(self._total_max * _SHARE_OF_ONE_CLASS))
         self._bodies_max = limits.bodies_bytes_max
         self.total = 0
-        self.by_class: dict[str, int] = {"search": 0, "write": 0, "read": 0, "free": 0}
+        self.by_class: dict[str, int] = dict.fromkeys(get_args(Class), 0)
         self.body_bytes = 0
         self.refused = 0
 
     def enter(self, kind: Class) -> None:
         """Raises Overloaded. Each success must be followed by one `leave`."""
         counts = self.by_class
-        if kind != "free" and (self.total >= self._total_max or counts[kind] >= self._class_max):
+        if kind == "admin":
+            if counts[kind] >= _ADMIN_MAX:
+                self.refused += 1
+                raise Overloaded(
+                    f"This node works on {_ADMIN_MAX} requests of operators already.",
+                    hint="Retry after a moment.",
+                )
+        elif kind != "free" and (self.total >= self._total_max or counts[kind] >= self._class_max):
             self.refused += 1
             raise Overloaded(
                 f"This node works on {self.total} requests already ({counts[kind]} of kind "

@@ -21,6 +21,11 @@ _TAGS = (
     ("memories", "What is remembered."),
     ("search", "Finding it again: by meaning, words, phrases, typos, time and importance."),
     ("operations", "Running a node."),
+    (
+        "cluster",
+        "Changing a cluster: who holds which shard. Where there are API keys, it takes one that "
+        "has `admin = true` under `security.api_keys`.",
+    ),
 )
 
 
@@ -103,8 +108,10 @@ def _parameters(route: Route, components: dict[str, Any]) -> list[dict[str, Any]
             "name": name,
             "in": "path",
             "required": True,
-            "description": "The memory's id, a UUID.",
-            "schema": {"type": "string", "format": "uuid"},
+            "description": route.id_meaning,
+            "schema": {"type": "string", "format": "uuid"}
+            if "UUID" in route.id_meaning
+            else {"type": "string"},
         }
         for name in re.findall(r"{(\w+)}", route.path)
     ]
@@ -130,7 +137,7 @@ def _headers(route: Route) -> list[dict[str, Any]]:
                 {"type": "integer", "minimum": 1},
             )
         )
-    if route.is_write:
+    if route.takes_idempotency_key:
         headers.append(
             (
                 "Idempotency-Key",
@@ -157,7 +164,7 @@ def _responses(route: Route, schema_of: dict[Any, dict[str, Any]]) -> dict[str, 
         "description": HTTPStatus(route.status).phrase,
         "content": {route.content_type.partition(";")[0]: {"schema": schema}},
     }
-    if route.kind != "free":
+    if route.kind not in ("admin", "free"):
         success["headers"] = {"X-AgentMem-Token": _TOKEN_HEADER}
     responses = {str(route.status): success}
     for status, meaning in route.further_statuses:
@@ -189,9 +196,10 @@ _MEANINGS = {
     "too_large": "over a limit, which the text names",
     "unauthorized": "no API key, or an unknown one",
     "forbidden": "the caller may not do this",
-    "not_found": "there is no such memory",
+    "not_found": "there is no such memory, shard, node or operation",
     "method_not_allowed": "the path exists, but not for this method; `Allow` lists which do",
-    "conflict": "the version moved, or the Idempotency-Key was used for another request",
+    "conflict": "the version moved, the Idempotency-Key was used for another request, or the "
+    "cluster is in no state for that operation",
     "overloaded": "too much at once; retry after a moment",
     "unavailable": "this node cannot answer now",
     "not_leader": "the shard's leader changes; retry",

@@ -121,6 +121,8 @@ def _route(route: Route, spec: dict[str, Any]) -> Iterator[str]:
         yield from ("", route.description)
     if route.is_open:
         yield from ("", "Needs no API key.")
+    if route.needs_admin:
+        yield from ("", "Needs an API key with `admin = true`, where there are keys.")
     if route.body is not None:
         yield from ("", "Body:", "", "    " + msgspec.json.encode(route.example).decode(), "")
         yield from _fields(spec["components"]["schemas"][route.body.type.__name__])

@@ -5,106 +5,28 @@ Mem0's routes will be further entries of it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
-
-import msgspec
-
 from agentmem_cluster.errors import (
-    AgentMemError,
     BadRequest,
     Conflict,
-    DeadlineExceeded,
     DiskFull,
-    Forbidden,
-    InternalError,
     InvalidCursor,
-    InvalidField,
     InvalidFilter,
     ModelUnavailable,
-    NoQuorum,
     NotFound,
-    NotLeader,
-    Overloaded,
-    ShuttingDown,
     TooLarge,
-    Unauthorized,
-    Unavailable,
-    WrongShard,
 )
 from agentmem_node.api import memories, operations, shapes
-from agentmem_node.api.admission import Class
-from agentmem_node.api.context import Api
-from agentmem_node.api.decoding import BatchAddBody, Body, Query
-from agentmem_node.api.exchange import Exchange
-from agentmem_node.api.reply import Reply
+from agentmem_node.api.admin_routes import ADMIN_ROUTES
+from agentmem_node.api.decoding import BatchAddBody
+from agentmem_node.api.route import BASE, Errors, Route
+from agentmem_node.api.route import READ as _READ
+from agentmem_node.api.route import WRITE as _WRITE
+from agentmem_node.api.route import make_route as _route
 from agentmem_node.model import requests as rq
 
-Handler = Callable[[Api, Exchange, Any], Awaitable[Reply]]
-Errors = tuple[type[AgentMemError], ...]
+__all__ = ["BASE", "ROUTES", "Route"]
 
-BASE = "/api/v1"
-# What every route but the open ones can answer.
-COMMON: Errors = (Unauthorized, Forbidden, Overloaded, ShuttingDown, InternalError)
-_READ: Errors = (InvalidField, NoQuorum, NotLeader, WrongShard, Unavailable, DeadlineExceeded)
-_WRITE: Errors = (BadRequest, TooLarge, DiskFull, *_READ)
 _TEXT: Errors = (ModelUnavailable,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """One method of one path. `{id}` in a path stands for a memory's id."""
-
-    method: str
-    path: str
-    name: str
-    summary: str
-    description: str = ""
-    tag: str
-    handler: Handler
-    kind: Class
-    body: Body[Any] | BatchAddBody | None = None
-    query: Query[Any]
-    answer: type[msgspec.Struct] | None = None  # None: not JSON, see content_type
-    content_type: str = "application/json"
-    status: int = 200
-    further_statuses: tuple[tuple[int, str], ...] = ()
-    errors: Errors = ()
-    is_open: bool = False  # answers without an API key
-    example: Any = None
-
-    @property
-    def is_write(self) -> bool:
-        return self.kind == "write"
-
-
-def _route(
-    method: str,
-    path: str,
-    handler: Handler,
-    kind: Class,
-    summary: str,
-    *,
-    body: type[msgspec.Struct] | BatchAddBody | None = None,
-    query: type[msgspec.Struct] = shapes.NoQuery,
-    **more: Any,
-) -> Route:
-    is_open = more.get("is_open", False)
-    errors = more.pop("errors", ())
-    return Route(
-        method=method,
-        path=path,
-        name=handler.__name__,
-        summary=summary,
-        handler=handler,
-        kind=kind,
-        body=Body(body) if isinstance(body, type) else body,
-        query=Query(query),
-        errors=errors if is_open else (*errors, *COMMON),
-        **more,
-    )
-
 
 _ONE_OF_MANY = (
     "A bad item is refused alone, in its place of `results`, and the others take effect. A batch "
@@ -268,6 +190,7 @@ ROUTES: tuple[Route, ...] = (
         tag="operations",
         answer=shapes.ClusterView,
     ),
+    *ADMIN_ROUTES,
     _route(
         "GET",
         "/health/live",

@@ -55,7 +55,9 @@ class HttpServer:
     ) -> None:
         self._api = Api(service, config, metrics, clock, document_json())
         self._router = Router(ROUTES)
-        self._authenticator = KeyAuthenticator(service.tenant_of_key, service.keys_required)
+        self._authenticator = KeyAuthenticator(
+            service.owner_of_key, service.keys_required, service.has_keys
+        )
         self._fence = BrowserFence(keyless=not service.keys_required())
         self._deadlines = Deadlines(clock)
         self._access_log = AccessLog() if config.node.access_log else None
@@ -132,6 +134,8 @@ class HttpServer:
                     caller = self._authenticator.authenticate(
                         headers.get("Authorization"), headers.get("X-API-Key")
                     )
+                if route.needs_admin:
+                    caller.must_be_admin()
                 if api.is_draining and route.kind != "free":
                     raise ShuttingDown(
                         "This node is shutting down.", hint="Ask another node, or retry."
@@ -186,7 +190,7 @@ class HttpServer:
                 _refuse_packed(request)
                 body = await held.read(request, api.limits, within_s)
             request_id, fingerprint = None, b""
-            if route.is_write:
+            if route.takes_idempotency_key:
                 request_id, fingerprint = write_identity(request, principal.tenant, body)
             caller = Caller(principal.tenant, principal.key_id, deadline, request_id, fingerprint)
             exchange = Exchange(request, route, memory_id, caller, body)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from agentmem_node.model import operations as ops
 from agentmem_node.model import requests as rq
 from agentmem_node.model.memory import Memory
 from agentmem_node.model.search import Consistency
@@ -119,6 +120,13 @@ class SearchBatchResults(msgspec.Struct, kw_only=True):
 
 class ClusterNode(msgspec.Struct, kw_only=True):
     http: Annotated[str, Meta(description="URL of the node's HTTP API.")]
+    state: Annotated[
+        str,
+        Meta(description="`active`, or `draining`: it gives its replicas away and gets no more."),
+    ] = "active"
+    zone: Annotated[
+        str, Meta(description="Where it stands; replicas of a shard are spread over zones.")
+    ] = ""
 
 
 class ClusterShard(msgspec.Struct, kw_only=True):
@@ -135,6 +143,19 @@ class ClusterView(msgspec.Struct, kw_only=True):
     tenant: str
     nodes: dict[str, ClusterNode]
     shards: dict[str, ClusterShard]
+
+
+class OperationList(msgspec.Struct, kw_only=True):
+    """Newest first."""
+
+    operations: list[ops.Operation]
+
+
+class CheckResult(msgspec.Struct, kw_only=True):
+    """`ok`: every finding is."""
+
+    ok: bool
+    findings: list[ops.Finding]
 
 
 class Liveness(msgspec.Struct, kw_only=True):

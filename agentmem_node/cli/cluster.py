@@ -1,4 +1,4 @@
-"""`agentmem cluster dev`, `certs` and `status`."""
+"""`agentmem cluster`: `dev`, `certs` and `status` are here, what changes a cluster beside it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from rich.live import Live
 
 import agentmem_client as client
 from agentmem_client.aio import seed_urls
+from agentmem_node.cli.changing import drain, move, rebalance, remove, split
 from agentmem_node.cli.connect import connection_options
 from agentmem_node.cli.devcluster import DevCluster
 from agentmem_node.cli.devlayout import DevClusterError
 from agentmem_node.cli.exits import CommandFailed, Exit, failure
 from agentmem_node.cli.groups import SuggestingGroup
+from agentmem_node.cli.operating import check, operations, resume, stop
 from agentmem_node.cli.output import console, print_json, wants_json
 from agentmem_node.cli.serve import overrides_of
 from agentmem_node.cli.status import ask, render
@@ -29,9 +31,17 @@ _CRASH_POLL_S = 0.2
 _NODE_ID = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
 
 
-@click.group(cls=SuggestingGroup, short_help="Start a cluster on this machine; show its state.")
+@click.group(cls=SuggestingGroup, short_help="Start, watch and change a cluster.")
 def cluster() -> None:
-    """Start a cluster on this machine, and show the state of any."""
+    """Start a cluster on this machine; watch and change any.
+
+    What changes a cluster shows its plan and asks first, goes on without being watched, and can be
+    stopped. Where there are API keys it takes one with `admin = true` (`agentmem key new --admin`).
+    """
+
+
+for _command in (move, drain, remove, rebalance, split, operations, stop, resume, check):
+    cluster.add_command(_command)
 
 
 @cluster.command()
@@ -191,9 +201,12 @@ def _typed(assignments: tuple[str, ...]) -> dict[str, object]:
 def status(
     watch: bool, url: str, api_key: str | None, timeout_s: float | None, as_json: bool
 ) -> int:
-    """Nodes and shards: who leads, who is up, how far each replica is.
+    """Nodes and shards: who leads, who is up, how far each replica is, what is under way.
 
-    Exit code 0 when every node is ready and every shard has a leader, else 4.
+    `digests`: whether replicas that have applied the same entries hold the same bytes; `-` when
+    no two stand at the same entry just now. Operations are shown to admins.
+
+    Exit code 0 when every node is ready, every shard has a leader and no digests differ, else 4.
 
     \b
     agentmem cluster status

@@ -119,14 +119,16 @@ def key() -> None:
 @key.command()
 @click.option("--tenant", default="default", show_default=True, help="organisation[/project]")
 @click.option("--id", "key_id", default="", help="A name for logs. Default: part of the hash.")
+@click.option("--admin", "is_admin", is_flag=True, help="It may also change the cluster.")
 @_JSON
-def new(tenant: str, key_id: str, as_json: bool) -> None:
+def new(tenant: str, key_id: str, is_admin: bool, as_json: bool) -> None:
     """Make a key and print it, once, with the line that lets it in.
 
     Only the key's hash stands in the configuration: a stolen file opens nothing.
 
     \b
     agentmem key new --tenant acme
+    agentmem key new --id ops --admin
     """
     from agentmem_cluster.realtime import RealRng
     from agentmem_node.security.keys import check_tenant, hash_key, new_key
@@ -138,9 +140,19 @@ def new(tenant: str, key_id: str, as_json: bool) -> None:
     made = new_key(RealRng())
     digest = hash_key(made).hex()
     key_id = key_id or digest[:8]
-    line = f'{{ tenant = "{tenant}", id = "{key_id}", key_hash = "{digest}" }}'
+    admin = ", admin = true" if is_admin else ""
+    line = f'{{ tenant = "{tenant}", id = "{key_id}"{admin}, key_hash = "{digest}" }}'
     if wants_json(as_json):
-        print_json({"key": made, "tenant": tenant, "id": key_id, "key_hash": digest, "toml": line})
+        print_json(
+            {
+                "key": made,
+                "tenant": tenant,
+                "id": key_id,
+                "admin": is_admin,
+                "key_hash": digest,
+                "toml": line,
+            }
+        )
         return
     click.echo(f"{made}\n")
     click.echo("Keep it: it is shown only now. On every node, in node.toml:\n")

@@ -6,17 +6,21 @@ down is shown as down, and lag is what the replicas themselves say, not what a l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 import agentmem_client as client
+from agentmem_node.cli.admin import Admin
 from agentmem_node.cli.output import table
+from agentmem_node.cli.plan_view import operation_view
+from agentmem_node.model import operations as ops
 
 _ASK_S = 2.0
 _REASON_ITEMS_SHOWN = 4
@@ -24,7 +28,10 @@ _REASON_ITEMS_SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """One node: what it says of itself, or why it cannot be asked."""
+    """One node: what it says of itself, or why it cannot be asked.
+
+    `membership` is what the cluster says of it: `active` or `draining`.
+    """
 
     id: str
     url: str
@@ -32,11 +39,16 @@ class NodeState:
     is_ready: bool
     trouble: str = ""
     view: Mapping[str, Any] = field(default_factory=dict)
+    zone: str = ""
+    membership: str = "active"
 
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """One shard, as its replicas say. `applied`: node id to entry."""
+    """One shard, as its replicas say. `applied`: node id to entry.
+
+    `digests`: node id to an entry and the digest of the replica's state after it.
+    """
 
     id: str
     epoch: int
@@ -44,6 +56,18 @@ class ShardState:
     members: tuple[str, ...]
     applied: Mapping[str, int]
     memories: int | None
+    digests: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def digests_agree(self) -> bool | None:
+        """Whether replicas at the same entry have the same state; None when no two are at one."""
+        by_index: dict[int, list[str]] = {}
+        for index, digest in self.digests.values():
+            by_index.setdefault(index, []).append(digest)
+        comparable = [found for found in by_index.values() if len(found) > 1]
+        if not comparable:
+            return None
+        return all(len(set(found)) == 1 for found in comparable)
 
     @property
     def lag(self) -> int | None:
@@ -59,6 +83,11 @@ class ClusterState:
     version: int
     nodes: tuple[NodeState, ...]
     shards: tuple[ShardState, ...]
+    operations: tuple[ops.Operation, ...] = ()  # that are running, as far as one may know
+
+    @property
+    def diverged(self) -> tuple[str, ...]:
+        return tuple(shard.id for shard in self.shards if shard.digests_agree is False)
 
     @property
     def leaderless(self) -> tuple[str, ...]:
@@ -66,14 +95,23 @@ class ClusterState:
 
     @property
     def is_healthy(self) -> bool:
-        return not self.leaderless and all(node.is_ready for node in self.nodes)
+        all_ready = all(node.is_ready for node in self.nodes)
+        return all_ready and not self.leaderless and not self.diverged
 
     def to_plain(self) -> dict[str, Any]:
         return {
             "healthy": self.is_healthy,
             "version": self.version,
             "nodes": [
-                {"id": n.id, "url": n.url, "up": n.is_up, "ready": n.is_ready, "why": n.trouble}
+                {
+                    "id": n.id,
+                    "url": n.url,
+                    "up": n.is_up,
+                    "ready": n.is_ready,
+                    "why": n.trouble,
+                    "zone": n.zone,
+                    "state": n.membership,
+                }
                 for n in self.nodes
             ],
             "shards": [
@@ -85,9 +123,11 @@ class ClusterState:
                     "applied": s.applied,
                     "lag": s.lag,
                     "memories": s.memories,
+                    "digests_agree": s.digests_agree,
                 }
                 for s in self.shards
             ],
+            "operations": msgspec.to_builtins(self.operations),
         }
 
 
@@ -96,6 +136,7 @@ def ask(urls: list[str], api_key: str | None = None, timeout_s: float = _ASK_S) 
     policy = client.Policy(deadline_s=timeout_s, unreachable_s_max=timeout_s / 2)
     with client.Client(urls, api_key=api_key, policy=policy) as first:
         topology = first.cluster()
+        running = _running(first)
     # A node alone may not know by which address the world reaches it: the one that answered.
     addresses = topology.urls or {str(topology.raw.get("node", "?")): urls[0]}
 
@@ -117,7 +158,26 @@ def ask(urls: list[str], api_key: str | None = None, timeout_s: float = _ASK_S) 
         key=lambda view: int(view.get("version", 0)),
         default=topology.raw,
     )
-    return ClusterState(int(newest.get("version", 0)), nodes, tuple(join(newest, nodes)))
+    nodes = tuple(_placed(node, newest) for node in nodes)
+    return ClusterState(int(newest.get("version", 0)), nodes, tuple(join(newest, nodes)), running)
+
+
+def _running(memory: client.Client) -> tuple[ops.Operation, ...]:
+    """Nothing for whom may not see them, or when the cluster cannot say: the rest is still true."""
+    try:
+        found = Admin(memory).operations()
+    except client.AgentMemError:
+        return ()
+    return tuple(operation for operation in found if operation.state == "running")
+
+
+def _placed(node: NodeState, view: Mapping[str, Any]) -> NodeState:
+    told = view.get("nodes", {}).get(node.id, {})
+    return replace(
+        node,
+        zone=str(told.get("zone") or ""),
+        membership=str(told.get("state") or "active"),
+    )
 
 
 def _short(error: client.AgentMemError) -> str:
@@ -148,6 +208,7 @@ def join(view: Mapping[str, Any], nodes: tuple[NodeState, ...]) -> list[ShardSta
         epoch, members = int(shard["epoch"]), tuple(shard["members"])
         applied: dict[str, int] = {}
         memories: dict[str, int] = {}
+        digests: dict[str, tuple[int, str]] = {}
         leaders: dict[str, int] = {}  # leader -> term in which it is believed to lead
         for node in nodes:
             told = node.view.get("shards", {}).get(name) if node.view else None
@@ -160,6 +221,9 @@ def join(view: Mapping[str, Any], nodes: tuple[NodeState, ...]) -> list[ShardSta
             index = _own(told.get("applied_index", told.get("applied")), node.id)
             if index is not None:
                 applied[node.id] = index
+                at = told.get("digest_index", index)
+                if isinstance(told.get("digest"), str) and isinstance(at, int):
+                    digests[node.id] = (at, told["digest"])
             count = _own(told.get("memories"), node.id)
             if count is not None:
                 memories[node.id] = count
@@ -168,7 +232,7 @@ def join(view: Mapping[str, Any], nodes: tuple[NodeState, ...]) -> list[ShardSta
         alive = {leader: term for leader, term in leaders.items() if leader in up}
         leader = max(alive, key=lambda one: (alive[one], one)) if alive else None
         count = memories.get(leader) if leader in memories else max(memories.values(), default=None)
-        states.append(ShardState(name, epoch, leader, members, applied, count))
+        states.append(ShardState(name, epoch, leader, members, applied, count, digests))
     return states
 
 
@@ -185,25 +249,66 @@ def render(state: ClusterState) -> Group:
     for shard in state.shards:
         if shard.leader is not None:
             led[shard.leader] = led.get(shard.leader, 0) + 1
+    held: dict[str, int] = {}
+    for shard in state.shards:
+        for member in shard.members:
+            held[member] = held.get(member, 0) + 1
     nodes = table(
-        ("*node", "*state", ">*leads", "*url", "why"),
+        ("*node", "*state", ">*leads", ">*replicas", "*zone", "*url", "why"),
         (
-            (node.id, _node_text(node), str(led.get(node.id, 0)), node.url, node.trouble)
+            (
+                node.id,
+                _node_text(node),
+                str(led.get(node.id, 0)),
+                str(held.get(node.id, 0)),
+                node.zone or "-",
+                node.url,
+                node.trouble,
+            )
             for node in state.nodes
         ),
     )
     up = {node.id for node in state.nodes if node.is_up}
     shards = table(
-        ("*shard", ">*epoch", "*leader", "*members", ">*applied", ">*lag", ">*memories"),
+        (
+            "*shard",
+            ">*epoch",
+            "*leader",
+            "*members",
+            ">*applied",
+            ">*lag",
+            "*digests",
+            ">*memories",
+        ),
         (_shard_row(shard, up) for shard in state.shards),
     )
-    return Group(nodes, Text(), shards)
+    return Group(nodes, Text(), shards, *_under_way(state.operations))
+
+
+def _under_way(operations: Iterable[ops.Operation]) -> list[Text | Group]:
+    return [part for one in operations for part in (Text(), operation_view(one))]
 
 
 def _node_text(node: NodeState) -> Text:
     if node.is_ready:
-        return Text("ready", style="green")
-    return Text("not ready", style="yellow") if node.is_up else Text("down", style="red bold")
+        text = Text("ready", style="green")
+    elif node.is_up:
+        text = Text("not ready", style="yellow")
+    else:
+        text = Text("down", style="red bold")
+    if node.membership != "active":
+        text.append(f", {node.membership}", style="yellow")
+    return text
+
+
+def _digests_text(shard: ShardState) -> Text:
+    match shard.digests_agree:
+        case None:
+            return Text("-")
+        case True:
+            return Text("equal", style="green")
+        case False:
+            return Text("DIFFER", style="red bold")
 
 
 def _shard_row(shard: ShardState, up: set[str]) -> tuple[str | Text, ...]:
@@ -220,6 +325,7 @@ def _shard_row(shard: ShardState, up: set[str]) -> tuple[str | Text, ...]:
         members,
         "-" if applied is None else f"{applied:,}",
         "-" if lag is None else Text(str(lag), style="yellow" if lag > 100 else ""),
+        _digests_text(shard),
         "-" if shard.memories is None else f"{shard.memories:,}",
     )
 

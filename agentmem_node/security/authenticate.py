@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from agentmem_cluster.errors import Unauthorized
-from agentmem_node.security.keys import DEFAULT_TENANT, hash_key
+from agentmem_cluster.errors import Forbidden, Unauthorized
+from agentmem_node.security.keys import DEFAULT_TENANT, KeyOwner, hash_key
 
 _HOW = "Send `Authorization: Bearer <API key>`, `Authorization: Token <API key>` or `X-API-Key`."
 _KEY_CHARACTERS_MAX = 512
@@ -21,6 +21,17 @@ class Principal(NamedTuple):
 
     tenant: str
     key_id: str
+    is_admin: bool = False
+
+    def must_be_admin(self) -> None:
+        """Raises Forbidden."""
+        if not self.is_admin:
+            who = f"The API key {self.key_id!r}" if self.key_id else "A request without an API key"
+            raise Forbidden(
+                f"{who} may not change or inspect the cluster.",
+                hint="Use a key that has `admin = true` under security.api_keys "
+                "(`agentmem key new --admin` makes one).",
+            )
 
 
 ANONYMOUS = Principal(DEFAULT_TENANT, "")
@@ -33,21 +44,27 @@ class Authenticator(Protocol):
 
 
 class KeyAuthenticator:
-    """API keys. Without `required`, a request that shows no key is the default tenant's."""
+    """API keys. Without `required`, a request that shows no key is the default tenant's.
+
+    While there is no key at all, such a request may also administer: the node listens on
+    loopback only.
+    """
 
     def __init__(
         self,
-        find: Callable[[bytes], tuple[str, str] | None],
+        find: Callable[[bytes], KeyOwner | None],
         required: Callable[[], bool],
+        exist: Callable[[], bool],
     ) -> None:
         self._find = find
         self._required = required
+        self._exist = exist
 
     def authenticate(self, authorization: str | None, api_key: str | None) -> Principal:
         if authorization is None and api_key is None:
             if self._required():
                 raise Unauthorized("This node needs an API key.", hint=_HOW)
-            return ANONYMOUS
+            return ANONYMOUS._replace(is_admin=not self._exist())
         key = _key_of(authorization, api_key)
         found = self._find(hash_key(key))
         if found is None:
@@ -59,7 +76,7 @@ class KeyAuthenticator:
                 if self._required()
                 else "This node needs none: leave it out, or use a key from its configuration.",
             )
-        return Principal(*found)
+        return Principal(found.tenant, found.key_id, found.is_admin)
 
 
 def _key_of(authorization: str | None, api_key: str | None) -> str:

@@ -27,10 +27,14 @@ _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-
 
 @dataclass(frozen=True, slots=True)
 class KeyOwner:
-    """Whose key it is. `key_id` names the key in logs without giving it away."""
+    """Whose key it is. `key_id` names the key in logs without giving it away.
+
+    `is_admin`: its holder may change the cluster. That is no right to other tenants' memories.
+    """
 
     tenant: str
     key_id: str
+    is_admin: bool = False
 
 
 def new_key(rng: Rng) -> str:
@@ -86,7 +90,7 @@ class KeyTable:
             if digest in owners:
                 raise ConfigError(f"{where} is the same key as an entry before it.")
             key_id = entry.id or digest.hex()[:8]
-            owners[digest] = KeyOwner(check_tenant(entry.tenant), key_id)
+            owners[digest] = KeyOwner(check_tenant(entry.tenant), key_id, entry.admin)
         return cls(owners)
 
     def find(self, digest: bytes) -> KeyOwner | None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agentmem_cluster.errors import AgentMemError
+from agentmem_node.model import operations as ops
 from agentmem_node.model import requests as rq
 from agentmem_node.model.limits import Limits
 from agentmem_node.model.search import Consistency, SearchAnswer
+from agentmem_node.security.keys import KeyOwner
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,37 @@ class NodeService(Protocol):
         """GET /cluster: nodes, and shards with epoch, members, slots and leader."""
         ...
 
-    def tenant_of_key(self, key_hash: bytes) -> tuple[str, str] | None:
-        """(tenant, key id) of an API key's SHA-256, or None."""
+    async def plan(self, caller: Caller, wish: ops.OperationWish) -> ops.OperationPlan:
+        """What would be done now; changes nothing. Raises NotFound for names that are none."""
+        ...
+
+    async def begin_operation(self, caller: Caller, wish: ops.OperationWish) -> ops.Operation:
+        """Plan again, store it durably, begin. Once for each `caller.request_id` that is given."""
+        ...
+
+    async def operations(self, caller: Caller) -> Sequence[ops.Operation]:
+        """Newest first, with their progress. Any node answers."""
+        ...
+
+    async def control_operation(
+        self, caller: Caller, operation_id: str, action: ops.Action
+    ) -> ops.Operation:
+        """Raises NotFound, or Conflict for one that has ended."""
+        ...
+
+    async def check_cluster(self, caller: Caller) -> Sequence[ops.Finding]:
+        """One finding for each thing that must hold."""
+        ...
+
+    def owner_of_key(self, key_hash: bytes) -> KeyOwner | None:
+        """Whose API key has this SHA-256, or None."""
         ...
 
     def keys_required(self) -> bool: ...
+
+    def has_keys(self) -> bool:
+        """Whether there is any API key: without one, anybody who may ask is an operator."""
+        ...
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         """(ready, reasons): every local group has a known leader and has caught up."""

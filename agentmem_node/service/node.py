@@ -39,7 +39,7 @@ from agentmem_node.model.search import Consistency, SearchAnswer
 from agentmem_node.observe.snapshot import NodeSnapshot
 from agentmem_node.providers.base import EmbeddingProvider
 from agentmem_node.providers.registry import identity_of, open_provider
-from agentmem_node.security.keys import KeyTable
+from agentmem_node.security.keys import KeyOwner, KeyTable
 from agentmem_node.service.admission import open_record
 from agentmem_node.service.balance import balance_leaders
 from agentmem_node.service.certificates import load_certificates
@@ -511,9 +511,11 @@ class Node:
     def ready(self) -> tuple[bool, dict[str, Any]]:
         return self._status.ready()
 
-    def tenant_of_key(self, key_hash: bytes) -> tuple[str, str] | None:
-        owner = self._keys.find(key_hash)
-        return None if owner is None else (owner.tenant, owner.key_id)
+    def owner_of_key(self, key_hash: bytes) -> KeyOwner | None:
+        return self._keys.find(key_hash)
+
+    def has_keys(self) -> bool:
+        return len(self._keys) > 0
 
     def keys_required(self) -> bool:
         return self.config.keys_required

@@ -69,7 +69,11 @@ class Status:
         """Raises Unavailable while the shard map is not known."""
         view = self._membership.require_view()
         nodes = {}
-        for name in sorted(view.map.nodes()):
+        placed = set(view.map.nodes())
+        for name in sorted({*placed, *view.nodes}):
+            state = view.states.get(name, "active")
+            if state == "removed" and name not in placed:
+                continue
             known = view.nodes.get(name)
             configured = self._config.cluster.nodes.get(name)
             url = configured.http if configured is not None else ""
@@ -77,6 +81,8 @@ class Status:
                 "http": url if known is None else known.http,
                 "up": self._routing.is_connected(name),
                 "version": None if known is None else known.version,
+                "state": state,
+                "zone": "" if known is None else known.zone,
             }
         shards = {}
         for shard_id, info in view.map.shards.items():
@@ -95,6 +101,8 @@ class Status:
                     "commit_index": status.commit_index,
                     "applied": {self._config.node.id: status.applied_index},
                     "lag": max(0, status.commit_index - status.applied_index),
+                    # The state's own count: the group's is of another moment.
+                    "digest_index": local.shard.applied_index,
                     "digest": local.shard.digest().hex(),
                 }
                 if not self._is_shared:

@@ -24,23 +24,26 @@ from agentmem_node.observe.metrics import Metrics
 from agentmem_node.observe.snapshot import GroupSnapshot, NodeSnapshot, ShardSnapshot
 from agentmem_node.security.keys import KeyOwner, KeyTable, hash_key
 from agentmem_node.service.contract import Caller
+from tests.api.operations_in_memory import OperationsInMemory
 
 KEY_ANA, KEY_BEN = "am_" + "a" * 52, "am_" + "b" * 52
 AT = "2026-01-31T09:30:00.000Z"
 
 
 @dataclass
-class DictionaryService:
+class DictionaryService(OperationsInMemory):
     """NodeService without disk, cluster or search engine. `before` runs in front of each call."""
 
-    limits: Any
+    limits: Any = None
     node_id: str = "n1"
+    url: str = "http://127.0.0.1:7700"
     keys: KeyTable = field(default_factory=lambda: KeyTable({}))
     memories: dict[tuple[str, str], Memory] = field(default_factory=dict)
     calls: list[tuple[str, Caller]] = field(default_factory=list)
     seen: list[Any] = field(default_factory=list)
     before: Callable[[str], Awaitable[None]] | None = None
     is_ready: bool = True
+    needs_key: bool = True
     _next: int = 0
 
     async def _called(self, name: str, caller: Caller, argument: Any = None) -> None:
@@ -180,15 +183,17 @@ class DictionaryService:
     def cluster_view(self) -> dict[str, Any]:
         return {
             "version": 1,
-            "nodes": {"n1": {"http": "http://127.0.0.1:7700"}},
+            "nodes": {"n1": {"http": self.url, "state": "draining", "zone": "rack 7"}},
             "shards": {"s01": {"epoch": 1, "members": ["n1"], "leader": "n1", "slots": [[0, 99]]}},
         }
 
-    def tenant_of_key(self, key_hash: bytes) -> tuple[str, str] | None:
-        owner = self.keys.find(key_hash)
-        return None if owner is None else (owner.tenant, owner.key_id)
+    def owner_of_key(self, key_hash: bytes) -> KeyOwner | None:
+        return self.keys.find(key_hash)
 
     def keys_required(self) -> bool:
+        return self.needs_key and len(self.keys) > 0
+
+    def has_keys(self) -> bool:
         return len(self.keys) > 0
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
@@ -267,18 +272,27 @@ Scenario = Callable[[Node], Awaitable[None]]
 
 @pytest.fixture
 def run() -> Callable[..., None]:
-    """`run(scenario, limits={...}, keys={key: tenant}, ...)`: a node for one scenario."""
+    """`run(scenario, keys={key: tenant}, admins={key}, ...)`: a node for one scenario."""
 
-    def run(scenario: Scenario, *, keys: dict[str, str] | None = None, **settings: Any) -> None:
+    def run(
+        scenario: Scenario,
+        *,
+        keys: dict[str, str] | None = None,
+        admins: frozenset[str] = frozenset(),
+        **settings: Any,
+    ) -> None:
         async def main() -> None:
             overrides = {name.replace("__", "."): value for name, value in settings.items()}
             config = load(
                 environment={}, overrides={"node.listen": "127.0.0.1:0", **overrides}
             ).config
-            service = DictionaryService(config.limits)
+            service = DictionaryService(limits=config.limits)
             if keys:
                 service.keys = KeyTable(
-                    {hash_key(key): KeyOwner(tenant, tenant[:4]) for key, tenant in keys.items()}
+                    {
+                        hash_key(key): KeyOwner(tenant, tenant[:4], key in admins)
+                        for key, tenant in keys.items()
+                    }
                 )
             server = HttpServer(service, config, metrics=Metrics(service.metrics_snapshot))
             address = await server.start()

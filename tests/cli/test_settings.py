@@ -90,6 +90,15 @@ def test_a_new_key_is_shown_once_with_a_line_that_lets_it_in(agentmem: Any, tmp_
     assert agentmem("key", "new", "--tenant", "no/such/tenant").code == Exit.USAGE
 
 
+def test_a_key_is_an_admin_only_when_asked_for(agentmem: Any, tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    for options, is_admin in (((), False), (("--admin",), True)):
+        made = agentmem("key", "new", *options).json
+        path.write_text(f"[security]\napi_keys = [{made['toml']}]\n")
+        (entry,) = load(path, environment={}).config.security.api_keys
+        assert (entry.admin, made["admin"]) == (is_admin, is_admin)
+
+
 def test_certificates_are_made_for_every_node_and_missing_ones_are_added(
     agentmem: Any, tmp_path: Path
 ) -> None:

@@ -84,6 +84,37 @@ def test_a_cluster_is_healthy_when_every_node_is_ready_and_every_shard_led() -> 
     assert "down" in screen.getvalue() and "s00" in screen.getvalue()
 
 
+def at(index: int, digest: str, **more: Any) -> dict[str, Any]:
+    return shard("n1", {"n1": index, "n2": index, "n3": index}, digest=digest, **more)
+
+
+def test_replicas_at_the_same_entry_must_have_the_same_digest() -> None:
+    n1, n2 = node("n1", at(120, "aa")), node("n2", at(120, "aa"))
+    assert joined(n1, n2, node("n3", at(120, "aa"))).digests_agree is True
+    assert joined(n1, n2, node("n3", at(120, "bb"))).digests_agree is False
+    # At another entry another digest is as it should be.
+    assert joined(n1, n2, node("n3", at(119, "bb"))).digests_agree is True
+    assert joined(n1, node("n2", at(119, "bb")), node("n3", None)).digests_agree is None
+    assert joined(n1, n2, node("n3", at(120, "bb") | {"epoch": 0})).digests_agree is True
+
+
+def test_a_digest_is_compared_at_the_entry_that_it_was_taken_at() -> None:
+    n1 = node("n1", at(121, "aa", digest_index=120))
+    assert joined(n1, node("n2", at(120, "aa"))).digests_agree is True
+    assert joined(n1, node("n2", at(121, "bb"))).digests_agree is None
+
+
+def test_a_cluster_whose_replicas_differ_is_not_healthy_and_says_where() -> None:
+    nodes = (node("n1", at(9, "aa")), node("n2", at(9, "bb")), node("n3", at(9, "aa")))
+    state = ClusterState(1, nodes, tuple(join(nodes[0].view, nodes)))
+    assert state.diverged == ("s00",)
+    assert not state.is_healthy
+    assert state.to_plain()["shards"][0]["digests_agree"] is False
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(render(state))
+    assert "DIFFER" in screen.getvalue()
+
+
 def test_every_node_that_the_map_names_is_asked(fake: Any) -> None:
     state = ask([fake.urls["n1"]])
     assert [n.id for n in state.nodes] == ["n1", "n2", "n3"]

@@ -83,9 +83,11 @@ def test_other_tenants_are_refused(tenant: str) -> None:
         check_tenant(tenant)
 
 
-def authenticator(*, required: bool) -> KeyAuthenticator:
-    owners = {hash_key("good-key-of-ana"): ("ana", "k1")}
-    return KeyAuthenticator(owners.get, lambda: required)
+def authenticator(
+    *, required: bool, is_admin: bool = False, exist: bool = True
+) -> KeyAuthenticator:
+    owners = {hash_key("good-key-of-ana"): KeyOwner("ana", "k1", is_admin)}
+    return KeyAuthenticator(owners.get, lambda: required, lambda: exist)
 
 
 @pytest.mark.parametrize("required", [False, True])
@@ -100,6 +102,29 @@ def test_no_key_is_anonymous_only_where_none_is_needed() -> None:
     assert authenticator(required=False).authenticate(None, None) == ANONYMOUS
     with pytest.raises(Unauthorized, match="needs an API key"):
         authenticator(required=True).authenticate(None, None)
+
+
+def test_only_a_key_that_is_said_to_be_is_an_admin() -> None:
+    entries = [
+        ApiKey(tenant="ana", key_hash="ab" * 32),
+        ApiKey(tenant="ops", key_hash="cd" * 32, admin=True),
+    ]
+    table = KeyTable.from_config(entries, {})
+    assert [table.find(bytes([byte] * 32)).is_admin for byte in (0xAB, 0xCD)] == [False, True]  # type: ignore[union-attr]
+    for is_admin in (False, True):
+        asked = authenticator(required=True, is_admin=is_admin)
+        found = asked.authenticate(None, "good-key-of-ana")
+        assert found.is_admin == is_admin
+        if is_admin:
+            found.must_be_admin()
+        else:
+            with pytest.raises(Forbidden, match="'k1'"):
+                found.must_be_admin()
+
+
+def test_no_key_is_an_admin_only_while_there_are_no_keys() -> None:
+    assert authenticator(required=False, exist=False).authenticate(None, None).is_admin
+    assert not authenticator(required=False, exist=True).authenticate(None, None).is_admin
 
 
 ADVICE = "Send `Authorization: Bearer <API key>`, `Authorization: Token <API key>` or `X-API-Key`."

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from agentmem_cluster.meta import NodeInfo
 from agentmem_cluster.shardmap import ShardMap
 from agentmem_node.config_keys import ApiKey
 from agentmem_node.providers.base import ModelIdentity
@@ -15,13 +16,19 @@ from agentmem_node.service.view import View
 
 
 def status_of(tenants: list[str], needs_reseed: bool = False) -> Status:
-    view = View("c", ModelIdentity("none", 0, ""), {}, ShardMap.initial(["a"], 1, 1))
+    nodes = {
+        name: NodeInfo(f"{name}:1", f"http://{name}", "1", zone=f"zone of {name}")
+        for name in ("a", "b", "c")
+    }
+    states = {"b": "draining", "c": "removed"}
+    shard_map = ShardMap.initial(["a"], 1, 1)
+    view = View("c", ModelIdentity("none", 0, ""), nodes, shard_map, states=states)
     raft = SimpleNamespace(
         term=1, commit_index=3, applied_index=3, leader="b", needs_reseed=needs_reseed
     )
     local = SimpleNamespace(
         group=SimpleNamespace(status=lambda: raft),
-        shard=SimpleNamespace(count=lambda: 7, digest=lambda: b"\1"),
+        shard=SimpleNamespace(count=lambda: 7, digest=lambda: b"\1", applied_index=2),
     )
     config = SimpleNamespace(
         node=SimpleNamespace(id="a"),
@@ -44,6 +51,19 @@ def shard_of(tenants: list[str]) -> dict[str, Any]:
 def test_a_replica_that_cannot_catch_up_is_named_and_the_node_still_serves() -> None:
     assert status_of([]).ready() == (True, {})
     assert status_of([], needs_reseed=True).ready() == (True, {"replica_needs_reseed": ["s00"]})
+
+
+def test_every_node_is_told_with_its_state_and_zone_until_it_was_removed() -> None:
+    nodes = status_of([]).cluster_view()["nodes"]
+    assert {name: (told["state"], told["zone"]) for name, told in nodes.items()} == {
+        "a": ("active", "zone of a"),
+        "b": ("draining", "zone of b"),  # without a replica, and still there
+    }
+
+
+def test_a_digest_comes_with_the_entry_that_it_belongs_to() -> None:
+    shard = shard_of([])
+    assert (shard["digest"], shard["digest_index"]) == ("01", 2)
 
 
 @pytest.mark.parametrize("tenants", [[], ["one"], ["one", "one"]], ids=len)

@@ -1,0 +1,115 @@
+"""The operators' calls of the API: plan, begin, look, stop, resume, check."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+import agentmem_client as client
+from agentmem_client.calls import API, Call, encode
+from agentmem_node.cli.connect import open_client
+from agentmem_node.cli.exits import CommandFailed, exit_of
+from agentmem_node.model import operations as ops
+
+T = TypeVar("T")
+
+
+class _Listed(msgspec.Struct):
+    operations: list[ops.Operation]
+
+
+class _Checked(msgspec.Struct):
+    findings: list[ops.Finding]
+
+
+class Admin:
+    """What the commands ask. Every method raises the client's errors."""
+
+    def __init__(self, connection: client.Client) -> None:
+        self._connection = connection
+
+    def plan(self, wish: ops.OperationWish) -> ops.OperationPlan:
+        return self._ask("plan", "POST", "plan", ops.OperationPlan, wish)
+
+    def begin(self, wish: ops.OperationWish) -> ops.Operation:
+        """Begin it, once, however often the request has to be sent. Raises CommandFailed too."""
+        try:
+            return self._ask(
+                "begin", "POST", "operations", ops.Operation, wish, key=secrets.token_hex(16)
+            )
+        except client.AgentMemError as error:
+            if not error.outcome_unknown:
+                raise
+            raise CommandFailed(
+                f"{error.message} It is not known whether the operation began: see `agentmem "
+                "cluster operations`.",
+                exit_of(error),
+            ) from error
+
+    def operations(self) -> list[ops.Operation]:
+        """Newest first."""
+        return self._ask("operations", "GET", "operations", _Listed).operations
+
+    def operation(self, operation_id: str) -> ops.Operation:
+        return self._ask("operation", "GET", _path(operation_id), ops.Operation)
+
+    def stop(self, operation_id: str) -> ops.Operation:
+        return self._ask("stop", "POST", _path(operation_id) + "/stop", ops.Operation)
+
+    def resume(self, operation_id: str) -> ops.Operation:
+        return self._ask("resume", "POST", _path(operation_id) + "/resume", ops.Operation)
+
+    def check(self) -> list[ops.Finding]:
+        return self._ask("check", "GET", "check", _Checked).findings
+
+    def _ask(
+        self,
+        name: str,
+        method: str,
+        path: str,
+        answer: type[T],
+        wish: ops.OperationWish | None = None,
+        key: str | None = None,
+    ) -> T:
+        return self._connection.run(
+            Call(
+                name=name,
+                method=method,
+                path=f"{API}/cluster/{path}",
+                read=_reader(answer),
+                body=None if wish is None else encode(_given(wish)),
+                idempotency_key=key,
+            )
+        )
+
+
+@contextmanager
+def open_admin(url: str, api_key: str | None, timeout_s: float | None = None) -> Iterator[Admin]:
+    """For one command. Raises click.UsageError on a URL that is none."""
+    with open_client(url, api_key, timeout_s) as connection:
+        yield Admin(connection)
+
+
+def _path(operation_id: str) -> str:
+    return f"operations/{quote(operation_id, safe='')}"
+
+
+def _given(wish: ops.OperationWish) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.to_builtins(wish).items() if value is not None}
+
+
+def _reader(answer: type[T]) -> Callable[[Any], T]:
+    def read(body: Any) -> T:
+        try:
+            return msgspec.convert(body, answer)
+        except msgspec.ValidationError as wrong:
+            raise client.ProtocolError(
+                f"The node's answer cannot be read ({wrong}). Is it of another version?"
+            ) from wrong
+
+    return read
