@@ -54,10 +54,11 @@ def outcome(operation: ops.Operation) -> int:
     )
     ending = "was stopped" if operation.state == "stopped" else operation.state
     told = f"The operation {operation.id} {ending}{f': {why}' if why else ''}".rstrip(".")
-    advice = "What was done stays; every other shard is as it was."
-    if operation.state == "stopped":
-        advice += f" Go on: agentmem cluster resume {operation.id}"
-    raise CommandFailed(f"{told}. {advice}", Exit.FAILED)
+    raise CommandFailed(
+        f"{told}. What was done stays; every other shard is as it was. To go on: agentmem cluster "
+        f"resume {operation.id}",
+        Exit.FAILED,
+    )
 
 
 def _until_it_ends(admin: Admin, operation: ops.Operation, live: Live | None) -> ops.Operation:

@@ -103,13 +103,13 @@ def stop(
     return Exit.OK
 
 
-@click.command(short_help="Go on with an operation that was stopped.")
+@click.command(short_help="Go on with an operation that was stopped, or failed.")
 @click.argument("operation_id", metavar="ID")
 @connection_options
 def resume(
     operation_id: str, url: str, api_key: str | None, timeout_s: float | None, as_json: bool
 ) -> int:
-    """Go on with the operation with ID that was stopped.
+    """Go on with the operation with ID that was stopped, or failed: its steps are tried again.
 
     \b
     agentmem cluster resume 7f3a9c01

@@ -36,6 +36,7 @@ log = logging.getLogger("agentmem.operations")
 
 _LOOK_S: Final = 0.2
 _CALL_S: Final = 2.0
+_ID_BYTES: Final = 4
 # What a change costs those who write, as measured (docs/operations.md).
 _PAUSE_MS_EXPECTED: Final = 200
 # Operations that are over and still shown.
@@ -84,9 +85,17 @@ class Operations:
         )
 
     async def begin(self, caller: Caller, wish: ops.OperationWish) -> ops.Operation:
-        """Plan again, keep it, and let the meta group's leader carry it out."""
+        """Plan again, keep it, and let the meta group's leader carry it out.
+
+        Once for each `caller.request_id`: who had no answer may ask again.
+        """
         view = self._membership.require_view()
         self._require_level(view)
+        drawn = caller.request_id or self._rng.token(_ID_BYTES)
+        operation_id = f"{wish.kind}-{drawn[:_ID_BYTES].hex()}"
+        for begun in self.stored(view):
+            if begun.id == operation_id and begun.wish == wish:
+                return begun.shown({})
         for running in self.stored(view):
             if running.state in ("running", "stopped") and running.by != "cluster":
                 raise Conflict(
@@ -100,10 +109,14 @@ class Operations:
             await self._put_state(str(wish.node), DRAINING)
         elif wish.kind == "undrain":
             await self._drop_state(str(wish.node))
-        return await self.store_new(wish, steps, caller.key_id or "anybody")
+        return await self.store_new(wish, steps, caller.key_id or "anybody", operation_id)
 
     async def store_new(
-        self, wish: ops.OperationWish, steps: Sequence[StoredStep], by: str
+        self,
+        wish: ops.OperationWish,
+        steps: Sequence[StoredStep],
+        by: str,
+        operation_id: str | None = None,
     ) -> ops.Operation:
         view = self._membership.require_view()
         sizes = _sizes(await self._survey.take(view))
@@ -111,7 +124,7 @@ class Operations:
             planned = _planned(step, view, sizes)
             step.bytes, step.from_members = planned.bytes, planned.from_members
         stored = StoredOperation(
-            id=f"{wish.kind}-{self._rng.token(4).hex()}",
+            id=operation_id or f"{wish.kind}-{self._rng.token(_ID_BYTES).hex()}",
             wish=wish,
             created_at=format_ms(self._clock.wall_ms()),
             by=by,

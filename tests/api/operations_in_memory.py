@@ -127,8 +127,8 @@ class OperationsInMemory:
         if operation_id not in known:
             raise ops.unknown("operation", operation_id, known)
         operation: ops.Operation = known[operation_id]
-        needed = "running" if action == "stop" else "stopped"
-        if operation.state != needed:
+        needed = ("running",) if action == "stop" else ("stopped", "failed")
+        if operation.state not in needed:
             raise Conflict(f"The operation {operation_id} is {operation.state}.")
         operation.state = "stopped" if action == "stop" else "running"
         return operation

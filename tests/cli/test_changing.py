@@ -135,6 +135,7 @@ def test_an_operation_that_fails_ends_with_1_and_the_reason(agentmem: Any, opera
     failed = agentmem("cluster", "drain", "n3", "--yes")
     assert failed.code == Exit.FAILED
     assert "s02: the disk of n4 is full" in failed.err
+    assert "agentmem cluster resume op1" in failed.err
     assert failed.json["operation"]["state"] == "failed"
 
 

@@ -147,6 +147,29 @@ def test_replicas_of_a_node_that_stays_lost_are_founded_elsewhere(tmp_path: Path
     run(scenario, 110)
 
 
+def test_an_operation_that_is_asked_for_twice_under_one_request_id_begins_once(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3", "n4"], founders=4, shards=2)
+        await cluster.start("n1", "n2", "n3", "n4")
+        try:
+            asked = []
+            for node in (cluster.nodes["n1"], cluster.nodes["n3"]):
+                caller = cluster.caller(node, b"the same request")
+                wish = ops.OperationWish(kind="drain", node="n4")
+                asked.append((await node.begin_operation(caller, wish)).id)
+            assert asked[0] == asked[1]
+            assert len(await node.operations(caller)) == 1
+            other = cluster.caller(node, b"another request.")
+            with pytest.raises(Conflict, match=asked[0]):
+                await node.begin_operation(other, ops.OperationWish(kind="undrain", node="n4"))
+        finally:
+            await cluster.stop()
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(
     ("wish", "error", "says"),
     [
