@@ -93,7 +93,7 @@ class Writer:
         try:
             with client.Client(self._urls) as memory:
                 number = 0
-                while not self._stop.wait(0.005):
+                while not self._stop.wait(0.02):
                     number += 1
                     text = f"Parcel {number} is on shelf {number % 7}"
                     (stored,) = memory.add(text, user_id=f"user{number % 40}").memories
@@ -134,7 +134,7 @@ def test_a_node_is_emptied_and_filled_again_while_memories_are_written(
     sound(agentmem)
 
 
-def test_a_shard_is_moved_and_split_while_memories_are_written(
+def test_a_shard_is_moved_while_memories_are_written(
     cluster: DevCluster, agentmem: Callable[..., Ran]
 ) -> None:
     before = holders(agentmem)
@@ -147,19 +147,33 @@ def test_a_shard_is_moved_and_split_while_memories_are_written(
         assert set(holders(agentmem)[shard]) == {*members, newcomer} - {leaves}
         again = agentmem("move", shard, newcomer, "--yes")
         assert again.code == Exit.USAGE and "already" in again.err
-        cut = agentmem("split", shard, "--yes")
+    all_there(cluster, writer)
+    sound(agentmem)
+
+
+def test_a_shard_is_split_while_memories_are_written_and_each_is_in_one_half(
+    cluster: DevCluster, agentmem: Callable[..., Ran]
+) -> None:
+    before = holders(agentmem)
+    with Writer(cluster.urls) as writer:
+        cut = agentmem("split", "s01", "--yes")
         assert cut.code == Exit.OK, cut.err
         after = holders(agentmem)
         (fresh,) = set(after) - set(before)
-        assert sorted(after[fresh]) == sorted(after[shard])
+        assert sorted(after[fresh]) == sorted(after["s01"])
     all_there(cluster, writer)
+    with client.Client(cluster.urls) as memory:
+        listed = [found.id for found in memory.list()]
+        assert len(listed) == len(set(listed))
+        found = [hit.id for hit in memory.search("parcel", top_k=500)]
+        assert len(found) == len(set(found))
     sound(agentmem)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("move", "s0", "n4", "--yes"), Exit.NOT_FOUND, "Did you mean 's00'?"),
+        (("move", "s0", "n4", "--yes"), Exit.NOT_FOUND, "Did you mean 's0"),
         (("drain", "n44", "--yes"), Exit.NOT_FOUND, "Did you mean 'n4'?"),
         (("split", "s00", "--at", "16383", "--yes"), Exit.USAGE, "cannot be split at"),
         (("stop", "drain-00000000"), Exit.NOT_FOUND, "no operation"),
