@@ -15,7 +15,7 @@ from agentmem_node.cli.connect import connection_options
 from agentmem_node.cli.exits import CommandFailed, Exit
 from agentmem_node.cli.following import follow, how_to_go_on, outcome
 from agentmem_node.cli.output import console, print_json, wants_json
-from agentmem_node.cli.plan_view import operation_line, plan_view, wish_text
+from agentmem_node.cli.plan_view import operation_line, operation_view, plan_view, wish_text
 from agentmem_node.model import operations as ops
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -145,7 +145,7 @@ def _carry_out(
         else:
             operation = follow(admin, operation)
             if not is_json:
-                console().print(operation_line(operation))
+                console().print(operation_view(operation))
     if is_json:
         _print_json(plan, operation)
     return Exit.OK if detach else outcome(operation)

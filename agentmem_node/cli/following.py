@@ -29,7 +29,10 @@ def follow(admin: Admin, operation: ops.Operation) -> ops.Operation:
     try:
         if not screen.is_terminal:
             return _until_it_ends(admin, operation, None)
-        with Live(operation_view(operation), console=screen, auto_refresh=False) as live:
+        # It goes away at the end, because the command then prints how the operation ended.
+        with Live(
+            operation_view(operation), console=screen, auto_refresh=False, transient=True
+        ) as live:
             return _until_it_ends(admin, operation, live)
     except KeyboardInterrupt:
         raise CommandFailed(

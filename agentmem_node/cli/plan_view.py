@@ -143,6 +143,8 @@ def _steps(operation: ops.Operation) -> Table:
                 total=float(max(1, whole)),
                 completed=float(max(1, whole) if is_done else step.done_bytes),
                 width=_BAR_CHARACTERS,
+                complete_style="cyan",
+                finished_style="green",
             ),
             Text(size_text(step.done_bytes)),
             Text(step.error, style="red"),

@@ -93,7 +93,7 @@ class Writer:
         try:
             with client.Client(self._urls) as memory:
                 number = 0
-                while not self._stop.wait(0.02):
+                while not self._stop.wait(0.05):
                     number += 1
                     text = f"Parcel {number} is on shelf {number % 7}"
                     (stored,) = memory.add(text, user_id=f"user{number % 40}").memories
