@@ -15,6 +15,7 @@
     |-- Unavailable                 503  this node cannot answer now; another, or later, may
     |   |-- NotLeader               503  carries the leader, when known
     |   |-- WrongShard              503  carries the shard map version to fetch
+    |   |-- MapMoved                503  the request was begun on an older shard map: begin again
     |   |-- NoQuorum                503  a minority refuses rather than guess
     |   |-- DiskFull                503  writes refused, reads go on
     |   |-- ModelUnavailable        503  no embedding model; says how to get one
@@ -116,6 +117,11 @@ class NotLeader(Unavailable):
 
 class WrongShard(Unavailable):
     code = "wrong_shard"
+    retry_after_s = 0.1
+
+
+class MapMoved(Unavailable):
+    code = "map_moved"
     retry_after_s = 0.1
 
 

@@ -8,7 +8,7 @@ journal, from `durable_index` on.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +26,7 @@ from agentmem_node.model.times import format_ms
 from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, CheckpointJob
 from agentmem_node.storage.layout import DocRow
 from agentmem_node.storage.ledger import EVENTS, FeedItem, LedgerBounds
+from agentmem_node.storage.restrict import restrict
 from agentmem_node.storage.snapshot import StorageSnapshot
 from agentmem_node.storage.store import Located, Store
 
@@ -172,6 +173,20 @@ class Shard:
         if index < state.applied_index:
             raise ValueError(f"shard {self.id} is at entry {state.applied_index}, after {index}")
         state.applied_index, state.epoch, state.is_sealed = index, ended, True
+
+    def restrict(self, slot_start: int, slot_end: int) -> Iterator[int]:
+        """Remove what is not of these slots, in steps; yields how many memories are gone so far.
+
+        Of a copy that nobody has searched yet, between its seal and its next epoch.
+        """
+        self._check()
+        try:
+            yield from restrict(self._store, slot_start, slot_end)
+        except DiskFull:
+            raise
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def abandon(self) -> None:
         """Close without a checkpoint: the files are about to be removed."""

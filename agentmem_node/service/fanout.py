@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from agentmem_cluster.errors import (
     AgentMemError,
     DeadlineExceeded,
+    MapMoved,
     NoQuorum,
     NotLeader,
     WrongShard,
@@ -165,6 +166,8 @@ class _Run(Generic[T]):
     def collect(self, task: asyncio.Task[dict[str, T | AgentMemError]]) -> None:
         _, wanted = self.tasks.pop(task)
         error = task.exception()
+        if isinstance(error, MapMoved):
+            raise error
         if error is not None and not isinstance(error, AgentMemError):
             raise error
         answers: dict[str, Any] = dict.fromkeys(wanted, error) if error else task.result()

@@ -374,6 +374,7 @@ class Membership:
             # Shards before the map that routes to them.
             self._replicas.learn(view.map, view.changes)
             self._routing.map = view.map
+            self._routing.roots = view.roots or len(view.map.shards)
             self._view_ready.set()
             save_view(self._disk, view, self._founders)
         for callback in self.on_view:

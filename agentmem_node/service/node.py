@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -448,39 +449,65 @@ class Node:
         if self._data is not None:
             self._data.close()
 
+    def _once(self, caller: Caller) -> Caller:
+        """With a request id, so that a write that is begun again takes effect once."""
+        if caller.request_id is not None:
+            return caller
+        return replace(caller, request_id=self._rng.token(16))
+
     # -- NodeService ----------------------------------------------------------------------
 
     async def add(
         self, caller: Caller, items: Sequence[rq.AddRequest | AgentMemError]
     ) -> rq.AddAnswer:
-        return await self._writes.add(caller, items)
+        caller = self._once(caller)
+        return await self._routing.through_moves(
+            caller.deadline, lambda: self._writes.add(caller, items)
+        )
 
     async def get(
         self, caller: Caller, memory_id: str, consistency: Consistency, token: str | None
     ) -> rq.MemoryAnswer:
-        return await self._reads.get(caller, memory_id, consistency, token)
+        return await self._routing.through_moves(
+            caller.deadline, lambda: self._reads.get(caller, memory_id, consistency, token)
+        )
 
     async def update(
         self, caller: Caller, memory_id: str, change: rq.UpdateRequest
     ) -> rq.MemoryAnswer:
-        return await self._writes.update(caller, memory_id, change)
+        caller = self._once(caller)
+        return await self._routing.through_moves(
+            caller.deadline, lambda: self._writes.update(caller, memory_id, change)
+        )
 
     async def delete(
         self, caller: Caller, memory_id: str, expected_version: int | None
     ) -> rq.DeleteAnswer:
-        return await self._writes.delete(caller, memory_id, expected_version)
+        caller = self._once(caller)
+        return await self._routing.through_moves(
+            caller.deadline, lambda: self._writes.delete(caller, memory_id, expected_version)
+        )
 
     async def delete_many(self, caller: Caller, ids: list[str]) -> rq.DeleteAnswer:
-        return await self._writes.delete_many(caller, ids)
+        caller = self._once(caller)
+        return await self._routing.through_moves(
+            caller.deadline, lambda: self._writes.delete_many(caller, ids)
+        )
 
     async def list(self, caller: Caller, query: rq.ListQuery) -> rq.ListAnswer:
-        return await self._reads.list_page(caller, query)
+        return await self._routing.through_moves(
+            caller.deadline, lambda: self._reads.list_page(caller, query)
+        )
 
     async def history(self, caller: Caller, memory_id: str) -> rq.HistoryAnswer:
-        return await self._reads.history(caller, memory_id)
+        return await self._routing.through_moves(
+            caller.deadline, lambda: self._reads.history(caller, memory_id)
+        )
 
     async def search(self, caller: Caller, request: rq.SearchRequest) -> SearchAnswer:
-        return await self._searches.search(caller, request)
+        return await self._routing.through_moves(
+            caller.deadline, lambda: self._searches.search(caller, request)
+        )
 
     def encode_cursor(self, request: rq.SearchRequest, answer: SearchAnswer) -> str | None:
         return self._searches.encode_cursor(request, answer)

@@ -30,7 +30,7 @@ from agentmem_node.service.contract import Caller
 from agentmem_node.service.membership import Membership
 from agentmem_node.service.stored_operations import StoredOperation, StoredStep
 from agentmem_node.service.survey import NodeReport, Survey
-from agentmem_node.service.view import NODE_STATE, OPERATION, View
+from agentmem_node.service.view import NODE_STATE, OPERATION, ROOTS, View
 
 log = logging.getLogger("agentmem.operations")
 
@@ -109,6 +109,8 @@ class Operations:
             await self._put_state(str(wish.node), DRAINING)
         elif wish.kind == "undrain":
             await self._drop_state(str(wish.node))
+        elif wish.kind == "split" and not view.roots:
+            await self._propose(kv_put(ROOTS, b"%d" % len(view.map.shards)))
         return await self.store_new(wish, steps, caller.key_id or "anybody", operation_id)
 
     async def store_new(

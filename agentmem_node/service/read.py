@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ import msgspec
 from agentmem_cluster.errors import (
     AgentMemError,
     InvalidField,
+    MapMoved,
     NotLeader,
     Unavailable,
     WrongShard,
@@ -298,6 +299,7 @@ class Reads:
         epochs = {shard: info.epoch for shard, info in self._routing.current_map().shards.items()}
 
         async def ask(node: str, wanted: Sequence[str]) -> dict[str, T | AgentMemError]:
+            self._check_unmoved(epochs, wanted)
             where = [(shard, epochs[shard], tokens.get(shard, 0)) for shard in wanted]
             if node == self._routing.node_id:
                 return await self._read_here(where, read, consistency, deadline, prepare)
@@ -368,6 +370,7 @@ class Reads:
         deadline: float,
     ) -> Any:
         """Ask one replica of one shard; its error is the caller's."""
+        epochs = {shard_id: self._routing.current_map().shards[shard_id].epoch}
         local = self._routing.local.get(shard_id)
         if local is not None and local.group.is_leader:
             with suppress(WrongShard, NotLeader):  # it has changed hands: ask the others
@@ -375,7 +378,8 @@ class Reads:
                 return read(local)  # the usual case: no task, no timer
 
         async def ask(node: str, _shards: Sequence[str]) -> dict[str, Any]:
-            epoch = self._routing.current_map().shards[shard_id].epoch
+            self._check_unmoved(epochs, (shard_id,))
+            epoch = epochs[shard_id]
             if node == self._routing.node_id:
                 here = await self._settled(shard_id, epoch, at, consistency, deadline)
                 return {shard_id: read(here)}
@@ -392,6 +396,13 @@ class Reads:
         if shard_id in gathered.answers:
             return gathered.answers[shard_id]
         raise gathered.refusal()
+
+    def _check_unmoved(self, epochs: Mapping[str, int], shards: Sequence[str]) -> None:
+        """Raises MapMoved when what was asked for may lie in other shards by now."""
+        current = self._routing.current_map().shards
+        for shard in shards:
+            if current[shard].epoch != epochs[shard]:
+                raise MapMoved(f"Shard {shard} has changed hands.", hint="Retry.")
 
     async def _settled_of(self, body: dict[str, Any]) -> LocalShard:
         return await self._settled(

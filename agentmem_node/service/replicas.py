@@ -465,6 +465,8 @@ class Replicas:
                 return  # it became a replica meanwhile, or is not wanted any more
             self._apply(staged, machine, entries)
             if machine.is_sealed and staged.follows < staged.info.epoch:
+                if self._is_part(staged):
+                    await self._restrict(staged, machine)
                 await self._make_durable(machine)
                 staged.state = Staging.COMPLETE
                 self.settle()
@@ -479,6 +481,18 @@ class Replicas:
                 await self._make_durable(machine)  # so that little is left after the seal
                 durable_s = self._clock.monotonic() + _DURABLE_EVERY_S
             await asyncio.sleep(_TAIL_POLL_S)
+
+    def _is_part(self, staged: Staged) -> bool:
+        return any(
+            change.id == staged.change_id and change.is_split
+            for change in self.set.changes.values()
+        )
+
+    async def _restrict(self, staged: Staged, machine: EpochMachine) -> None:
+        shard = machine.inner
+        assert isinstance(shard, Shard)
+        for _ in shard.restrict(staged.info.slot_start, staged.info.slot_end):
+            await asyncio.sleep(0)  # heartbeats go on meanwhile
 
     def _apply(self, staged: Staged, machine: EpochMachine, entries: list[Entry]) -> None:
         if not entries:

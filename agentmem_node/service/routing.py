@@ -17,6 +17,7 @@ from agentmem_cluster.epochs.commands import Sealed
 from agentmem_cluster.epochs.machine import EpochMachine
 from agentmem_cluster.errors import (
     DeadlineExceeded,
+    MapMoved,
     NoQuorum,
     NotLeader,
     Overloaded,
@@ -27,6 +28,7 @@ from agentmem_cluster.errors import (
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.raft.api import Applied
 from agentmem_cluster.raft.host import AsyncGroup
+from agentmem_cluster.ring import SLOTS
 from agentmem_cluster.runtime import Clock
 from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
@@ -64,6 +66,14 @@ class LocalShard:
             raise self._moving()
         return applied
 
+    def check_slots(self, first: int, last: int) -> None:
+        """Raises MapMoved, certainly not done, when they are not all this shard's any more."""
+        if not self.info.slot_start <= first <= last < self.info.slot_end:
+            raise MapMoved(
+                f"Shard {self.info.id} was split: a part of the request belongs to another now.",
+                hint="Fetch the shard map again.",
+            )
+
     def _moving(self) -> WrongShard:
         return WrongShard(
             f"Shard {self.info.id} is between two epochs.", hint="Retry: it takes a moment."
@@ -83,6 +93,7 @@ class Routing:
         self.node_id = node_id
         self.local: dict[str, LocalShard] = {}
         self.map: ShardMap | None = None
+        self.roots = 0  # shards before any was split
         self._link = link
         self._clock = clock
         self._leader_hints: dict[str, str] = {}
@@ -106,6 +117,14 @@ class Routing:
 
     def shard_of_slot(self, slot: int) -> str:
         return self.current_map().shard_of_slot(slot).id
+
+    def root_of_slot(self, slot: int) -> str:
+        """The shard that the slot was in before any was split.
+
+        Parts of a request are named by it: a retry after a split names the same parts.
+        """
+        roots = self.roots or len(self.current_map().shards)
+        return f"s{(slot * roots + roots - 1) // SLOTS:02d}"
 
     def leader_of(self, shard_id: str) -> str | None:
         """The node that leads a shard, as far as this node knows."""
@@ -151,6 +170,24 @@ class Routing:
         return left
 
     # -- acting -------------------------------------------------------------------------
+
+    async def through_moves(self, deadline: float, attempt: Callable[[], Awaitable[T]]) -> T:
+        """`attempt`, begun again when the shards that it concerns were cut or moved meanwhile.
+
+        A write must carry its request id: what it has done already is then not done twice.
+        """
+        until = min(deadline, self._clock.monotonic() + _LEADER_WAIT_S_MAX)
+        while True:
+            before = self.current_map()
+            try:
+                result = await attempt()
+                if self.map is before or list(self.current_map().shards) == list(before.shards):
+                    return result
+            except MapMoved:
+                if self._clock.monotonic() >= until:
+                    raise
+            self.on_stale_map()
+            await asyncio.sleep(_LEADER_POLL_S)
 
     async def at_leader(
         self,

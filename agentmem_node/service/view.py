@@ -23,6 +23,7 @@ UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, Agent
 # Keys of the meta group's small settings that every node follows.
 NODE_STATE = "node/"
 OPERATION = "operation/"
+ROOTS = "shards/roots"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class View:
     states: dict[str, str] = field(default_factory=dict)
     operations: dict[str, bytes] = field(default_factory=dict)
     meta: MetaGroup | None = None
+    # Shards before any was split (0: none was), by which parts of requests are named for ever.
+    roots: int = 0
 
     @classmethod
     def of(cls, state: MetaState, revision: int, meta: MetaGroup) -> View | None:
@@ -75,6 +78,7 @@ class View:
                 if key.startswith(OPERATION)
             },
             meta,
+            int(state.kv.get(ROOTS, b"0")),
         )
 
     def is_newer_than(self, known: View | None) -> bool:
@@ -96,6 +100,7 @@ class View:
             "states": self.states,
             "operations": self.operations,
             "meta": None if self.meta is None else [self.meta.epoch, list(self.meta.members)],
+            "roots": self.roots,
         }
 
     @classmethod
@@ -114,6 +119,7 @@ class View:
             {str(node): str(state) for node, state in wire.get("states", {}).items()},
             {str(key): bytes(value) for key, value in wire.get("operations", {}).items()},
             None if meta is None else MetaGroup(int(meta[0]), tuple(meta[1])),
+            int(wire.get("roots", 0)),
         )
 
 

@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -26,6 +26,7 @@ from agentmem_cluster.errors import (
     DeadlineExceeded,
     DiskFull,
     InternalError,
+    MapMoved,
     NotFound,
 )
 from agentmem_cluster.ring import slot_of
@@ -61,6 +62,7 @@ _COMMAND_BYTES_MAX = 1 << 20
 _UPDATE_ATTEMPTS_MAX = 3
 
 _json = msgspec.json.Encoder()
+T = TypeVar("T")
 _memory_decoder = msgspec.json.Decoder(Memory)
 
 
@@ -150,6 +152,8 @@ class Writes:
             return_exceptions=True,
         )
         for (shard, _, prepared), outcome in zip(commands, outcomes, strict=True):
+            if isinstance(outcome, MapMoved):
+                raise outcome
             if isinstance(outcome, AgentMemError):
                 failures.append(outcome)
                 for p in prepared:
@@ -179,9 +183,10 @@ class Writes:
     def _commands_of(
         self, caller: Caller, request_id: bytes, drafts: list[tuple[int, Draft]]
     ) -> list[tuple[str, Write, list[_Prepared]]]:
-        """Group by shard, in order, and cut into commands. The cut depends on the request alone."""
+        """Group, in order, and cut into commands. The cut depends on the request alone, not on
+        shards that were split since: a retry after a split makes the same parts."""
         now_ms = self._clock.wall_ms()
-        by_shard: dict[str, list[_Prepared]] = {}
+        by_root: dict[str, list[_Prepared]] = {}
         for position, draft in drafts:
             slot = slot_of(caller.tenant, draft.scope.owner)
             memory_id = new_id(now_ms, slot, self._rng)
@@ -193,20 +198,31 @@ class Writes:
                 created_ms=now_ms if draft.created_ms is None else draft.created_ms,
                 expires_ms=draft.expires_ms,
             )
-            shard = self._routing.shard_of_slot(slot)
-            by_shard.setdefault(shard, []).append(_Prepared(position, add))
+            root = self._routing.root_of_slot(slot)
+            by_root.setdefault(root, []).append(_Prepared(position, add))
         commands = []
-        for shard, prepared in by_shard.items():
-            for number, part in enumerate(_parts(prepared)):
-                write = Write(
-                    request_id=derive_id(request_id, shard, number),
-                    fingerprint=caller.fingerprint,
-                    tenant=caller.tenant,
-                    at_ms=now_ms,
-                    ops=tuple(p.add for p in part),
-                )
-                commands.append((shard, write, part))
+        for root, prepared in by_root.items():
+            for number, whole in enumerate(_parts(prepared)):
+                for shard, part in self._by_shard(whole, lambda p: p.add.id):
+                    write = Write(
+                        request_id=derive_id(request_id, root, number),
+                        fingerprint=caller.fingerprint,
+                        tenant=caller.tenant,
+                        at_ms=now_ms,
+                        ops=tuple(p.add for p in part),
+                    )
+                    commands.append((shard, write, part))
         return commands
+
+    def _by_shard(
+        self, items: Sequence[T], id_of: Callable[[T], bytes]
+    ) -> list[tuple[str, list[T]]]:
+        """Items by the shard that each is in now, in order."""
+        found: dict[str, list[T]] = {}
+        for item in items:
+            shard = self._routing.shard_of_slot(slot_of_id(id_of(item)))
+            found.setdefault(shard, []).append(item)
+        return list(found.items())
 
     # -- update -------------------------------------------------------------------------
 
@@ -257,6 +273,7 @@ class Writes:
         deadline: float,
     ) -> list[Any]:
         """Decide and propose on the leader: [record, version, index]."""
+        local.check_slots(slot_of_id(key), slot_of_id(key))
         for _ in range(_UPDATE_ATTEMPTS_MAX):
             # A leader that was just elected may not have applied all that is committed; a decision
             # on that state could answer "not found" for an acknowledged memory.
@@ -344,24 +361,24 @@ class Writes:
     async def delete_many(self, caller: Caller, ids: list[str]) -> rq.DeleteAnswer:
         """Delete several; one that is unknown or badly written is answered in its place."""
         results: list[rq.DeletedItem | None] = [None] * len(ids)
-        by_shard: dict[str, list[tuple[int, Delete]]] = {}
+        by_root: dict[str, list[tuple[int, Delete]]] = {}
         for position, text in enumerate(ids):
             try:
                 key = parse_id(text)
             except AgentMemError as error:
                 results[position] = _not_deleted(text, error)
                 continue
-            shard = self._routing.shard_of_slot(slot_of_id(key))
-            by_shard.setdefault(shard, []).append((position, Delete(key, None)))
+            root = self._routing.root_of_slot(slot_of_id(key))
+            by_root.setdefault(root, []).append((position, Delete(key, None)))
         request_id = caller.request_id or self._rng.token(16)
         parts = []
-        for shard, deletes in by_shard.items():
+        for root, deletes in by_root.items():
             for number, start in enumerate(range(0, len(deletes), _COMMAND_ITEMS_MAX)):
-                part = deletes[start : start + _COMMAND_ITEMS_MAX]
-                write = self._delete_write(
-                    caller, derive_id(request_id, shard, number), [op for _, op in part]
-                )
-                parts.append((shard, write, part))
+                whole = deletes[start : start + _COMMAND_ITEMS_MAX]
+                part_id = derive_id(request_id, root, number)
+                for shard, part in self._by_shard(whole, lambda item: item[1].id):
+                    write = self._delete_write(caller, part_id, [op for _, op in part])
+                    parts.append((shard, write, part))
         outcomes = await asyncio.gather(
             *(self._propose(shard, write, caller.deadline) for shard, write, _ in parts),
             return_exceptions=True,
@@ -369,6 +386,8 @@ class Writes:
         tokens: dict[str, int] = {}
         failures: list[AgentMemError] = []
         for (shard, _, part), written in zip(parts, outcomes, strict=True):
+            if isinstance(written, MapMoved):
+                raise written
             if isinstance(written, AgentMemError):
                 failures.append(written)
                 for position, op in part:
@@ -409,6 +428,7 @@ class Writes:
 
     async def _propose(self, shard_id: str, write: Write, deadline: float) -> Written:
         command = encode_write(write)
+        slots = _slots_of(write)
 
         async def here(local: LocalShard) -> Written:
             return await self._propose_here(local, write, deadline, command)
@@ -419,6 +439,7 @@ class Writes:
                 "epoch": info.epoch,
                 "tenant": write.tenant,
                 "command": command,
+                "slots": slots,
             }
             return Written.from_wire(
                 await self._routing.call(leader, "write.propose", body, deadline)
@@ -430,6 +451,7 @@ class Writes:
         self, local: LocalShard, write: Write, deadline: float, command: bytes | None = None
     ) -> Written:
         self._check_disk()
+        local.check_slots(*_slots_of(write))
         return await self._replicate(
             local, write.tenant, encode_write(write) if command is None else command, deadline
         )
@@ -463,6 +485,8 @@ class Writes:
         # The journal is no place to find out what a peer of another version has sent.
         if not isinstance(command, bytes) or not command:
             raise BadRequest("A peer proposed a command that is not bytes.", hint="Upgrade it.")
+        if "slots" in body:  # of a version that knows splits
+            local.check_slots(*body["slots"])
         written = await self._replicate(local, body["tenant"], command, self._deadline_of(body))
         return written.to_wire()
 
@@ -482,6 +506,12 @@ class Writes:
 
     def _deadline_of(self, body: dict[str, Any]) -> float:
         return self._clock.monotonic() + float(body["left_ms"]) / 1000
+
+
+def _slots_of(write: Write) -> tuple[int, int]:
+    """The lowest and the highest slot of a command's memories."""
+    slots = [slot_of_id(op.id) for op in write.ops]
+    return min(slots), max(slots)
 
 
 def derive_id(request_id: bytes, part: str, number: int) -> bytes:

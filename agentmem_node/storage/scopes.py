@@ -77,5 +77,10 @@ class Scopes:
         if len(self._cache) > _CACHED_MAX:
             self._cache.clear()
 
+    def forget(self) -> None:
+        """Read everything again: the rows were changed behind this cache."""
+        self._touched.clear()
+        self._cache.clear()
+
     def _remember(self, tenant: int, scope: Scope) -> None:
         self._cache[tenant, scope.name] = scope

@@ -10,6 +10,7 @@ import pytest
 
 from agentmem_cluster.errors import AgentMemError, BadRequest, Conflict, NotFound
 from agentmem_node.model import operations as ops
+from agentmem_node.model import requests as rq
 from tests.epochs.conftest import Cluster, run
 
 
@@ -201,3 +202,44 @@ def test_a_wish_that_cannot_be_is_refused_and_changes_nothing(
             await cluster.stop()
 
     run(scenario)
+
+
+def test_a_split_leaves_each_memory_in_one_half_and_writes_go_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3"], shards=1)
+        await cluster.start("n1", "n2", "n3")
+        try:
+            memories = await fill(cluster, 80)
+            stop = asyncio.Event()
+
+            async def write() -> None:
+                number = 1_000
+                while not stop.is_set():
+                    text = f"memory {number}"
+                    memories[await cluster.add(f"user{number}", text)] = text
+                    number += 1
+                    await asyncio.sleep(0.01)
+
+            writing = asyncio.create_task(write())
+            done = await finished(cluster, await begin(cluster, kind="split", shard="s00"))
+            assert done.state == "done", done
+            stop.set()
+            await writing
+            node = cluster.any_node()
+            assert set(node._routing.current_map().shards) == {"s00", "s01"}
+            await all_there(cluster, memories)
+            counts = [local.shard.count() for local in node._routing.local.values()]
+            assert sum(counts) == len(memories) and all(counts)
+            await sound(cluster)
+            # The same request again, after the split: answered, not done twice.
+            request = b"r" * 16
+            items = [rq.AddRequest(content=f"x{n}", user_id=f"owner{n}") for n in range(20)]
+            first = await node.add(cluster.caller(node, request), items)
+            done = await finished(cluster, await begin(cluster, kind="split", shard="s01"))
+            assert done.state == "done", done
+            again = await node.add(cluster.caller(node, request), items)
+            assert [item.id for item in again.results] == [item.id for item in first.results]
+        finally:
+            await cluster.stop()
+
+    run(scenario, 110)
