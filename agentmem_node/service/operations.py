@@ -65,8 +65,10 @@ class Operations:
         self._clock = clock
         self._rng = rng
         self._replication = replication
+        self._advancing = asyncio.Lock()
         if link is not None:
             link.register("operations.progress", self._on_progress)
+            link.register("operations.control", self._on_control)
 
     # -- what operators ask --------------------------------------------------------------------
 
@@ -143,7 +145,25 @@ class Operations:
         return [one.shown(progress.get(one.id, {})) for one in found]
 
     async def control(self, operation_id: str, action: str) -> ops.Operation:
-        """Stop: no further step begins, the one under way ends. Resume: go on."""
+        """Stop: no further step begins, the one under way ends. Resume: go on.
+
+        Done where the steps are begun, so that the two cannot overwrite each other.
+        """
+        leader = self._membership.meta_leader
+        if leader in (None, self._node_id) or self._link is None:
+            return await self._control_here(operation_id, action)
+        body = {"operation": operation_id, "action": action}
+        wire = await self._link.call(str(leader), "operations.control", body, timeout=_CALL_S)
+        return msgspec.json.decode(wire, type=ops.Operation)
+
+    async def _on_control(self, _peer: str, body: dict[str, Any]) -> bytes:
+        return msgspec.json.encode(await self._control_here(body["operation"], body["action"]))
+
+    async def _control_here(self, operation_id: str, action: str) -> ops.Operation:
+        async with self._advancing:
+            return await self._control(operation_id, action)
+
+    async def _control(self, operation_id: str, action: str) -> ops.Operation:
         stored = self._find(operation_id)
         wanted, becomes = ("running", "stopped") if action == "stop" else ("stopped", "running")
         if action == "resume" and stored.state == "failed":
@@ -263,13 +283,16 @@ class Operations:
             try:
                 for stored in self.stored(self._membership.require_view()):
                     if stored.state == "running":
-                        await self._advance(stored)
+                        async with self._advancing:
+                            await self._advance(self._find(stored.id))
                 await self._forget_old()
             except AgentMemError as error:
                 log.info("operations: %s; trying again", error)
 
     async def _advance(self, stored: StoredOperation) -> None:
         view = self._membership.require_view()
+        if stored.state != "running":
+            return  # it was stopped a moment ago
         current = next((s for s in stored.steps if s.state not in ("done", "failed")), None)
         if current is None:
             await self._end(stored)
