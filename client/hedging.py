@@ -16,7 +16,7 @@ from agentmem_client.router import Router
 _AT_ONCE_MAX = 3
 # Another call may find out that the node is ill for which this one waits: looked at so often.
 _LOOK_S = 0.2
-_LOOK_S_MIN = 0.01
+_LOOK_S_MIN = 0.001
 
 
 class Hedging:
