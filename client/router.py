@@ -44,6 +44,15 @@ class Router:
         if self.topology is None or topology.version >= self.topology.version:
             self.topology = topology
             self.map_is_stale = False
+            self._forget_all_but({*topology.urls.values(), *self.seeds})
+
+    def _forget_all_but(self, known: set[str]) -> None:
+        """A node that moved has another address: the old one is not probed for ever."""
+        for url in [url for url in self._breakers if url not in known]:
+            del self._breakers[url]
+            self._ill.discard(url)
+        for url in [url for url in self._heard_at if url not in known]:
+            del self._heard_at[url]
 
     def url_of(self, node: str | None) -> str | None:
         """The URL of a node by its id, as far as the map knows."""
@@ -125,7 +134,9 @@ class Router:
 
     def probed(self, url: str, now: float, status: int | None) -> None:
         """What `GET /health/ready` gave: an HTTP status, or None when no answer came in time."""
-        breaker = self._breakers[url]
+        breaker = self._breakers.get(url)
+        if breaker is None:
+            return  # not of the cluster any more
         if status is not None:
             self.heard(url, now)
         cause = Cause.SILENT if status is None else Cause.REFUSING

@@ -317,6 +317,18 @@ def test_a_node_that_is_ill_is_asked_last_until_a_probe_finds_it_well() -> None:
     assert sent(OneAtATime(an_add(), router, 99.2).start(99.2)).url.startswith(A)
 
 
+def test_a_node_that_left_the_map_is_not_probed_any_more() -> None:
+    router = a_router("n1")
+    router.failed(B, 0.0, Cause.SILENT, is_certain=True)
+    assert router.probes_due(9.0) == [B]
+    moved = a_map("n1", version=2)
+    moved["nodes"]["n2"] = {"http": "http://elsewhere"}
+    router.learn(Topology.read(moved))
+    router.probed(B, 9.5, None)  # the probe that was under way comes back
+    assert not router.has_ill
+    assert router.probes_due(99.0) == []
+
+
 def test_a_web_page_in_place_of_a_node_is_named_as_such() -> None:
     one = OneAtATime(an_add(), Router([A], lambda: 0.0), 0.0)
     one.start(0.0)
