@@ -100,7 +100,7 @@ class Settings:
 
 # Variables of other parts (the client's URL and key, the file's path, keys named by key_env).
 _FOREIGN = re.compile(
-    r"^AGENTMEM_(CONFIG|URL|API_KEY|KEY_\w+|TEST_\w+|BENCH_\w+|CHAOS_\w+"
+    r"^AGENTMEM_(CONFIG|URL|API_KEY|JOIN_TOKEN|KEY_\w+|TEST_\w+|BENCH_\w+|CHAOS_\w+"
     # Kubernetes sets these in every pod beside a service called agentmem or agentmem-*.
     r"|(\w+_)?SERVICE_(HOST|PORT(_\w+)?)|(\w+_)?PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$"
 )
@@ -263,8 +263,11 @@ def _check_together(config: Config) -> None:
             raise ConfigError(f"{where}.key_hash must be a SHA-256: 64 digits 0-9 a-f.")
 
 
-def check_startup(config: Config) -> None:
-    """Refuse what would expose data. Raises ConfigError that says what to do."""
+def check_startup(config: Config, *, has_certificates: bool = False) -> None:
+    """Refuse what would expose data. Raises ConfigError that says what to do.
+
+    `has_certificates`: it is about to get some, by joining.
+    """
     security = config.security
     if not is_loopback(config.node.listen):
         if not security.api_keys:
@@ -280,7 +283,8 @@ def check_startup(config: Config) -> None:
                 "machines can reach. Remove security.require, or listen on 127.0.0.1."
             )
     peer_listen = config.peer_listen
-    if peer_listen is not None and not is_loopback(peer_listen) and config.cluster.ca_cert is None:
+    has_certificates = has_certificates or config.cluster.ca_cert is not None
+    if peer_listen is not None and not is_loopback(peer_listen) and not has_certificates:
         raise ConfigError(
             f"The link between nodes listens on {peer_listen}, which other machines can reach, "
             "and has no certificates. Set cluster.ca_cert, cluster.cert and cluster.key."

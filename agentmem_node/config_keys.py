@@ -131,6 +131,14 @@ class ClusterSection(_Section, frozen=True):
     key: Annotated[str | None, Meta(description="PEM file of the certificate's private key.")] = (
         None
     )
+    ca_key: Annotated[
+        str | None,
+        Meta(
+            description="PEM file of the authority's private key. A node that has it signs the "
+            "certificates of nodes that join with a token; one such node is enough. Whoever reads "
+            "the file can make nodes."
+        ),
+    ] = None
     shards: Annotated[
         int,
         Meta(
@@ -352,7 +360,13 @@ class Config(_Section, frozen=True):
         if self.node.peer_listen is not None:
             return self.node.peer_listen
         own = self.cluster.nodes.get(self.node.id)
-        return None if own is None or len(self.cluster.nodes) < 2 else own.peer
+        return own.peer if own is not None and self.has_link else None
+
+    @property
+    def has_link(self) -> bool:
+        """Whether there are other nodes, or may be: one node with certificates can be joined."""
+        nodes = self.cluster.nodes
+        return len(nodes) > 1 or (len(nodes) == 1 and self.cluster.cert is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from agentmem_node.model.limits import Limits
 class HeldBody:
     """A body's bytes and their share of the node's bound; `release` gives that back."""
 
-    __slots__ = ("_admission", "_held")
+    __slots__ = ("_admission", "_held", "_route_bytes_max")
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._held = 0
+        self._route_bytes_max: int | None = None
 
     def release(self) -> None:
         if self._held:
@@ -27,21 +28,37 @@ class HeldBody:
             self._held = 0
 
     def _take(self, size: int, limits: Limits) -> None:
-        if self._held + size > limits.body_bytes_max:
-            raise too_large(self._held + size, limits)
+        self._check(self._held + size, limits)
         self._admission.hold_bytes(size)
         self._held += size
 
-    async def read(self, request: BaseRequest, limits: Limits, within_s: float) -> bytes:
-        """The whole body. Raises TooLarge, Overloaded, or BadRequest when it is cut or late."""
+    def _check(self, size: int, limits: Limits) -> None:
+        route_max = self._route_bytes_max
+        if route_max is not None and size > route_max:
+            raise TooLarge(f"The body has {size:,} bytes or more; this route takes {route_max:,}.")
+        if size > limits.body_bytes_max:
+            raise too_large(size, limits)
+
+    async def read(
+        self,
+        request: BaseRequest,
+        limits: Limits,
+        within_s: float,
+        route_bytes_max: int | None = None,
+    ) -> bytes:
+        """The whole body. Raises TooLarge, Overloaded, or BadRequest when it is cut or late.
+
+        `route_bytes_max`: what bodies of this route have at most, if less than others.
+        """
+        self._route_bytes_max = route_bytes_max
         content = request.content
         if content.is_eof():  # it came with the headers: nearly always
             body = content.read_nowait()
             self._take(len(body), limits)
             return body
         announced = request.headers.get("Content-Length")
-        if announced is not None and int(announced) > limits.body_bytes_max:
-            raise too_large(int(announced), limits)
+        if announced is not None:
+            self._check(int(announced), limits)
         expect = request.headers.get("Expect")
         if expect is not None:
             if expect.lower() != "100-continue":

@@ -63,6 +63,7 @@ class Route:
     errors: Errors = ()
     is_open: bool = False  # answers without an API key
     needs_admin: bool = False  # where there are keys, it takes one with `admin = true`
+    body_bytes_max: int | None = None  # None: limits.body_bytes_max
     is_once: bool = False  # sent again under the same Idempotency-Key, it takes effect once
     id_meaning: str = "The memory's id, a UUID."
     example: Any = None

@@ -18,6 +18,7 @@ from agentmem_cluster.errors import (
 from agentmem_node.api import memories, operations, shapes
 from agentmem_node.api.admin_routes import ADMIN_ROUTES
 from agentmem_node.api.decoding import BatchAddBody
+from agentmem_node.api.join_routes import JOIN_ROUTES
 from agentmem_node.api.route import BASE, Errors, Route
 from agentmem_node.api.route import READ as _READ
 from agentmem_node.api.route import WRITE as _WRITE
@@ -191,6 +192,7 @@ ROUTES: tuple[Route, ...] = (
         answer=shapes.ClusterView,
     ),
     *ADMIN_ROUTES,
+    *JOIN_ROUTES,
     _route(
         "GET",
         "/health/live",

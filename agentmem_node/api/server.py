@@ -188,7 +188,7 @@ class HttpServer:
             body = b""
             if route.body is not None:
                 _refuse_packed(request)
-                body = await held.read(request, api.limits, within_s)
+                body = await held.read(request, api.limits, within_s, route.body_bytes_max)
             request_id, fingerprint = None, b""
             if route.takes_idempotency_key:
                 request_id, fingerprint = write_identity(request, principal.tenant, body)

@@ -20,6 +20,7 @@ from agentmem_node.cli.devcluster import DevCluster
 from agentmem_node.cli.devlayout import DevClusterError
 from agentmem_node.cli.exits import CommandFailed, Exit, failure
 from agentmem_node.cli.groups import SuggestingGroup
+from agentmem_node.cli.join import join_token
 from agentmem_node.cli.operating import check, operations, resume, stop
 from agentmem_node.cli.output import console, print_json, wants_json
 from agentmem_node.cli.serve import overrides_of
@@ -40,7 +41,18 @@ def cluster() -> None:
     """
 
 
-for _command in (move, drain, remove, rebalance, split, operations, stop, resume, check):
+for _command in (
+    join_token,
+    move,
+    drain,
+    remove,
+    rebalance,
+    split,
+    operations,
+    stop,
+    resume,
+    check,
+):
     cluster.add_command(_command)
 
 

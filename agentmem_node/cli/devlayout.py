@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agentmem_node.config_file import to_toml
+
 HOST = "127.0.0.1"
 # The link's port of a node is its HTTP port and this.
 PEER_PORT_OFFSET = 100
 NODES_MAX = PEER_PORT_OFFSET
+_HEADING = "Written by `agentmem cluster dev` at every start; `--set SECTION.KEY=VALUE` changes it."
 _PORT_ATTEMPTS = 50
 _PORTS_FREE_FROM = 20_000
 _PORTS_FREE_TO = 31_000  # below the ranges from which systems take ports for outgoing connections
@@ -88,7 +91,7 @@ def prepare(
         }
         if len(nodes) > 1:
             values["cluster.nodes"] = {n.id: {"peer": n.peer, "http": n.url} for n in nodes}
-        node.config.write_text(_toml(values))
+        node.config.write_text(to_toml(_HEADING, values))
 
 
 def _check_size(data: Path, nodes: int) -> None:
@@ -124,30 +127,9 @@ def _certificates(
             "cluster.ca_cert": str(folder / "ca.crt"),
             "cluster.cert": str(folder / f"{node.id}.crt"),
             "cluster.key": str(folder / f"{node.id}.key"),
+            "cluster.ca_key": str(folder / "ca.key"),
         }
     return made
-
-
-def _toml(values: Mapping[str, Any]) -> str:
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    lines = [
-        "# Written by `agentmem cluster dev` at every start; `--set SECTION.KEY=VALUE` changes it.",
-    ]
-    for section, fields in sections.items():
-        lines += ["", f"[{section}]", *(f"{key} = {_value(v)}" for key, v in fields.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(k)} = {_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
-    # A string, number or boolean is written the same in TOML as in JSON.
-    return json.dumps(value)
 
 
 def ports_in_use(nodes: tuple[NodeFiles, ...]) -> list[int]:

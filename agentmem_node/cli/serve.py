@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from agentmem_node.cli.exits import CommandFailed, Exit
+from agentmem_node.cli.join import JoinOptions, join_first, joined_config
 
 # A node that does not end by itself after its parent died is ended.
 _ORPHAN_STOP_S = 15.0
@@ -38,33 +39,66 @@ def overrides_of(assignments: tuple[str, ...]) -> dict[str, Any]:
     help="node.toml. Default: the file that AGENTMEM_CONFIG names, if any.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting.")
+@click.option("--id", "node_id", metavar="ID", help="This node's name. Default: n1.")
+@click.option("--peer-listen", metavar="HOST:PORT", help="Address for the other nodes.")
+@click.option("--zone", metavar="ZONE", help="Where it stands: replicas are spread over zones.")
+@click.option(
+    "--join",
+    "join_token",
+    envvar="AGENTMEM_JOIN_TOKEN",
+    metavar="TOKEN",
+    help="Join a cluster, once. Better in AGENTMEM_JOIN_TOKEN: others can read a command line.",
+)
+@click.option("--at", metavar="URL", help="With --join: a node of the cluster, or several.")
+@click.option("--advertise", metavar="HOST", help="With --join: where others reach this machine.")
 @click.option("--parent-pipe", type=int, hidden=True)
 def serve(
     data: str | None,
     listen: str | None,
     config_path: str | None,
     assignments: tuple[str, ...],
+    node_id: str | None,
+    peer_listen: str | None,
+    zone: str | None,
+    join_token: str | None,
+    at: str | None,
+    advertise: str | None,
     parent_pipe: int | None,
 ) -> int:
     """Run a node in the foreground until Ctrl-C or SIGTERM.
 
     Alone it is a complete store. With a configuration that lists `cluster.nodes` it is a member
-    of a cluster. Settings come from the file, then AGENTMEM_* variables, then the options here.
+    of a cluster. With a token of `agentmem cluster join-token` it joins one; what it needs it
+    writes into --data, and from then on `agentmem serve --data DIR` is enough.
+
+    Settings come from the file, then AGENTMEM_* variables, then the options here.
 
     \b
     agentmem serve --data ./data
     agentmem serve --config node.toml
+    agentmem serve --join TOKEN --at http://10.0.0.1:7700 --id n4 --data ./n4 \\
+        --listen 10.0.0.4:7700 --peer-listen 10.0.0.4:7800
     agentmem serve --data ./data --set limits.top_k_max=200 --set node.log_level=debug
     """
     from agentmem_node.config import ConfigError, load
 
     overrides = overrides_of(assignments)
-    if data is not None:
-        overrides["node.data_dir"] = data
-    if listen is not None:
-        overrides["node.listen"] = listen
+    given = {
+        "node.data_dir": data,
+        "node.listen": listen,
+        "node.id": node_id,
+        "node.peer_listen": peer_listen,
+        "node.zone": zone,
+    }
+    overrides |= {name: value for name, value in given.items() if value is not None}
     try:
-        settings = load(config_path, overrides=overrides)
+        if join_token is not None:
+            options = JoinOptions(join_token, at, advertise)
+            settings = load(join_first(options, config_path, overrides), overrides=overrides)
+        else:
+            settings = load(config_path, overrides=overrides)
+            if config_path is None and (own := joined_config(settings.config)) is not None:
+                settings = load(own, overrides=overrides)
     except ConfigError as error:
         raise CommandFailed(str(error), Exit.USAGE) from error
     if parent_pipe is not None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agentmem_cluster.link.tls import LinkTls
 from agentmem_node.config import ConfigError
 from agentmem_node.config_keys import ClusterSection
+
+if TYPE_CHECKING:
+    from agentmem_cluster.link.ca import Authority
 
 
 def load_certificates(cluster: ClusterSection, node_id: str) -> LinkTls:
@@ -41,3 +45,28 @@ def load_certificates(cluster: ClusterSection, node_id: str) -> LinkTls:
         ) from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def load_authority(cluster: ClusterSection) -> Authority | None:
+    """What signs the certificates of nodes that join; None without `cluster.ca_key`.
+
+    Raises ConfigError.
+    """
+    if cluster.ca_key is None:
+        return None
+    # Imported here: most nodes sign nothing, and the package is a heavy one.
+    from agentmem_cluster.link.ca import Authority
+
+    if cluster.ca_cert is None:
+        raise ConfigError("cluster.ca_key is the key of cluster.ca_cert, which is not set.")
+    try:
+        return Authority.load(cluster.ca_cert, cluster.ca_key)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read {error.filename}: {error.strerror}. Correct cluster.ca_key, or leave it "
+            "out: nodes can join as long as one node has it."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"cluster.ca_key and cluster.ca_cert are no authority: {error}."
+        ) from error

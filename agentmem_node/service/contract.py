@@ -12,6 +12,12 @@ from agentmem_node.model import requests as rq
 from agentmem_node.model.limits import Limits
 from agentmem_node.model.search import Consistency, SearchAnswer
 from agentmem_node.security.keys import KeyOwner
+from agentmem_node.service.join_messages import (
+    JoinAnswer,
+    JoinRequest,
+    JoinTokenMade,
+    JoinTokenRequest,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,14 @@ class NodeService(Protocol):
     async def search(self, caller: Caller, request: rq.SearchRequest) -> SearchAnswer: ...
 
     def encode_cursor(self, request: rq.SearchRequest, answer: SearchAnswer) -> str | None: ...
+
+    async def make_join_token(self, caller: Caller, wish: JoinTokenRequest) -> JoinTokenMade:
+        """A token with which other nodes may join. Raises Conflict on a node that runs alone."""
+        ...
+
+    async def join(self, request: JoinRequest) -> JoinAnswer:
+        """Let a node in, on the word of its token alone."""
+        ...
 
     def cluster_view(self) -> dict[str, Any]:
         """GET /cluster: nodes, and shards with epoch, members, slots and leader."""

@@ -19,6 +19,7 @@ from agentmem_cluster.errors import AgentMemError, NotLeader, Unavailable
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import (
     ClusterSettings,
+    MetaState,
     NodeInfo,
     Outcome,
     init_cluster,
@@ -396,9 +397,11 @@ class Membership:
             )
 
     def _peers_of(self, view: View) -> dict[str, str]:
-        """Where every node is reached: as configured here, else as it says itself."""
+        """Where every node is reached: as configured here, or as it says itself."""
         peers = {name: info.peer for name, info in view.nodes.items() if info.peer}
-        peers |= {name: peer.peer for name, peer in self._config.cluster.nodes.items()}
+        configured = {name: peer.peer for name, peer in self._config.cluster.nodes.items()}
+        # What a node was told when it joined grows old; what an operator wrote is an order.
+        peers = configured | peers if self._config.cluster.join else peers | configured
         return {name: peer for name, peer in peers.items() if view.states.get(name) != "removed"}
 
     # -- registering --------------------------------------------------------------------
@@ -417,22 +420,34 @@ class Membership:
         if self._meta is not None and self._meta.is_leader:
             applied = await self._meta.propose(command, deadline=deadline)
             return _outcome(applied.result)
+        return Outcome(*await self.ask_leader("meta.propose", {"command": command}, _CALL_S))
+
+    async def ask_leader(self, method: str, body: dict[str, Any], timeout_s: float) -> Any:
+        """Call the meta group's leader, another node. Raises Unavailable, and what it raises."""
         leader = self._meta.leader if self._meta is not None else None
         for voter in [leader] if leader else self._whom_to_ask():
             if voter in (None, self._node_id) or not self._routing.is_connected(str(voter)):
                 continue
             assert self._link is not None
             try:
-                answer = await self._link.call(
-                    str(voter), "meta.propose", {"command": command}, timeout=_CALL_S
-                )
-                return Outcome(*answer)
+                return await self._link.call(str(voter), method, body, timeout=timeout_s)
             except NotLeader:
                 continue
         raise Unavailable(
             "The meta group has no leader that this node can reach.",
             hint="A majority of its voters must be up: see `agentmem cluster status`.",
         )
+
+    async def read_state(self) -> MetaState:
+        """The meta group's state, as its leader: nothing that was decided is missing.
+
+        Raises NotLeader on every other node, NoQuorum, DeadlineExceeded.
+        """
+        machine = self._voters.machine
+        if self._meta is None or machine is None or not self.leads:
+            raise NotLeader("This node does not lead the meta group.")
+        await self._meta.read_index(deadline=self._clock.monotonic() + _CALL_S)
+        return machine.state
 
     async def _on_propose(self, _peer: str, body: dict[str, Any]) -> list[str]:
         """`meta.propose`: only the leader answers; it is asked by authenticated nodes only."""
@@ -480,6 +495,11 @@ class Membership:
 
     def is_connected(self, node: str) -> bool:
         return self._routing.is_connected(node)
+
+    @property
+    def peers(self) -> dict[str, str]:
+        """Every node and the address of its link, this one's too. Raises Unavailable."""
+        return self._peers_of(self.require_view())
 
     @property
     def nodes(self) -> list[str]:

@@ -43,12 +43,19 @@ from agentmem_node.providers.registry import identity_of, open_provider
 from agentmem_node.security.keys import KeyOwner, KeyTable
 from agentmem_node.service.admission import open_record
 from agentmem_node.service.balance import balance_leaders
-from agentmem_node.service.certificates import load_certificates
+from agentmem_node.service.certificates import load_authority, load_certificates
 from agentmem_node.service.changes import Changes
 from agentmem_node.service.contract import Caller
 from agentmem_node.service.datadir import DataDir
 from agentmem_node.service.fanout import FanOut
 from agentmem_node.service.healing import Healing
+from agentmem_node.service.join_messages import (
+    JoinAnswer,
+    JoinRequest,
+    JoinTokenMade,
+    JoinTokenRequest,
+)
+from agentmem_node.service.join_server import Joins
 from agentmem_node.service.membership import Membership
 from agentmem_node.service.operations import Operations
 from agentmem_node.service.read import Reads
@@ -247,6 +254,15 @@ class Node:
             may_found=self._may_found,
             on_fatal=self._fatal,
         )
+        self._joins = Joins(
+            config,
+            membership=self._membership,
+            link=self._link,
+            clock=self.clock,
+            rng=self._rng,
+            authority=load_authority(config.cluster),
+        )
+        self._joins.serve()
         self._status = Status(
             config, self._routing, self._membership, self._host, self._journal, self._link
         )
@@ -305,7 +321,7 @@ class Node:
                 ) from error
 
     def _make_link(self, config: Config) -> Link | None:
-        if len(config.cluster.nodes) < 2:
+        if not config.has_link:
             return None
         cluster = config.cluster
         tls = load_certificates(cluster, self.node_id)
@@ -528,6 +544,12 @@ class Node:
 
     async def check_cluster(self, caller: Caller) -> list_[ops.Finding]:
         return await self._operations.check()
+
+    async def make_join_token(self, caller: Caller, wish: JoinTokenRequest) -> JoinTokenMade:
+        return await self._joins.make_token(wish)
+
+    async def join(self, request: JoinRequest) -> JoinAnswer:
+        return await self._joins.join(request)
 
     def cluster_view(self) -> dict[str, Any]:
         return self._status.cluster_view()

@@ -24,6 +24,12 @@ from agentmem_node.observe.metrics import Metrics
 from agentmem_node.observe.snapshot import GroupSnapshot, NodeSnapshot, ShardSnapshot
 from agentmem_node.security.keys import KeyOwner, KeyTable, hash_key
 from agentmem_node.service.contract import Caller
+from agentmem_node.service.join_messages import (
+    JoinAnswer,
+    JoinRequest,
+    JoinTokenMade,
+    JoinTokenRequest,
+)
 from tests.api.operations_in_memory import OperationsInMemory
 
 KEY_ANA, KEY_BEN = "am_" + "a" * 52, "am_" + "b" * 52
@@ -98,6 +104,14 @@ class DictionaryService(OperationsInMemory):
             raw = msgspec.Raw(msgspec.json.encode(memory))
             results.append(rq.AddedItem(event="ADD", id=memory.id, memory=raw))
         return rq.AddAnswer(results=results, token=f"s01:{self._next}")
+
+    async def make_join_token(self, caller: Caller, wish: JoinTokenRequest) -> JoinTokenMade:
+        await self._called("make_join_token", caller, wish)
+        return JoinTokenMade(token="amj_", id="0" * 16, expires_at=AT, uses=wish.uses, node=None)
+
+    async def join(self, request: JoinRequest) -> JoinAnswer:
+        self.seen.append(request)
+        return JoinAnswer(payload="{}", proof="0" * 64)
 
     async def get(
         self, caller: Caller, memory_id: str, consistency: Consistency, token: str | None

@@ -1,0 +1,65 @@
+"""The routes by which nodes join."""
+
+from __future__ import annotations
+
+from agentmem_cluster.errors import (
+    BadRequest,
+    Conflict,
+    DeadlineExceeded,
+    InvalidField,
+    NoQuorum,
+    NotLeader,
+    TooLarge,
+    Unavailable,
+)
+from agentmem_node.api import joining
+from agentmem_node.api.route import BASE, COMMON, Errors, Route, make_route
+from agentmem_node.service import join_messages as jm
+
+_META: Errors = (
+    BadRequest,
+    InvalidField,
+    TooLarge,
+    Conflict,
+    NoQuorum,
+    NotLeader,
+    Unavailable,
+    DeadlineExceeded,
+)
+# Strangers may send one: it holds a certificate request and some addresses.
+_JOIN_BYTES_MAX = 16 * 1024
+
+JOIN_ROUTES: tuple[Route, ...] = (
+    make_route(
+        "POST",
+        f"{BASE}/cluster/join-tokens",
+        joining.make_join_token,
+        "admin",
+        "Make a token with which nodes may join",
+        description="`agentmem cluster join-token` sends it. The token is in the answer and "
+        "nowhere else.",
+        tag="cluster",
+        needs_admin=True,
+        body=jm.JoinTokenRequest,
+        answer=jm.JoinTokenMade,
+        status=201,
+        errors=_META,
+        example={"ttl_s": 3600, "uses": 1},
+    ),
+    make_route(
+        "POST",
+        f"{BASE}/cluster/join",
+        joining.join,
+        "read",
+        "Join the cluster",
+        description="`agentmem serve --join` sends it. The token is all that it needs, and never "
+        "travels: both sides prove that they have it.",
+        tag="cluster",
+        body=jm.JoinRequest,
+        body_bytes_max=_JOIN_BYTES_MAX,
+        answer=jm.JoinAnswer,
+        errors=(*_META, *COMMON),
+        is_open=True,
+        example={"token_id": "0" * 16, "payload": "{...}", "proof": "0" * 64},
+    ),
+)

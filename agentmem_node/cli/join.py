@@ -1,0 +1,184 @@
+"""`agentmem cluster join-token`, and what `agentmem serve --join` does before it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agentmem_node.cli.connect import connection_options
+from agentmem_node.cli.exits import CommandFailed, Exit, failure
+from agentmem_node.cli.output import print_json, wants_json
+
+if TYPE_CHECKING:
+    from agentmem_node.config_keys import Config
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_WILDCARDS = ("0.0.0.0", "::")  # every address of the machine: none at which others reach it
+
+
+def seconds_of(text: str) -> int:
+    """`90s`, `30m`, `1h`, `2d`. Raises click.UsageError."""
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
+    if match is None:
+        raise click.UsageError(f"--ttl takes a number with s, m, h or d, like 1h, not {text!r}.")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+@click.command("join-token")
+@click.option(
+    "--ttl", default="1h", show_default=True, help="How long it can be used: 90s, 1h, 2d."
+)
+@click.option("--uses", type=click.IntRange(1, 100), default=1, show_default=True)
+@click.option("--node", metavar="ID", help="The only id that it lets in.")
+@connection_options
+def join_token(
+    ttl: str,
+    uses: int,
+    node: str | None,
+    url: str,
+    api_key: str | None,
+    timeout_s: float | None,
+    as_json: bool,
+) -> None:
+    """Make a token with which a new node joins, and gets its certificate.
+
+    Whoever has it can make a node: hand it over as you would a password. To give the id of a
+    node whose disk is lost to a new one, name it with --node.
+
+    \b
+    agentmem cluster join-token
+    agentmem cluster join-token --ttl 15m --node n4
+    """
+    import agentmem_client as client
+    from agentmem_client.aio import seed_urls
+    from agentmem_client.calls import API, Call, encode
+
+    body: dict[str, Any] = {"ttl_s": seconds_of(ttl), "uses": uses}
+    if node is not None:
+        body["node"] = node
+
+    async def ask() -> Any:
+        async with client.AsyncClient(url, api_key=api_key) as asking:
+            return await asking.run(
+                Call(
+                    name="join_token",
+                    method="POST",
+                    path=f"{API}/cluster/join-tokens",
+                    read=lambda answer: answer,
+                    body=encode(body),
+                    deadline_s=timeout_s,
+                )
+            )
+
+    try:
+        made = asyncio.run(ask())
+    except ValueError as error:
+        raise click.UsageError(f"--url: {error}") from error
+    except client.AgentMemError as error:
+        raise failure(error) from error
+    if wants_json(as_json):
+        print_json(made)
+        return
+    whom = f"node {node}" if node else f"{uses} {'node' if uses == 1 else 'nodes'}"
+    click.echo(f"{made['token']}\n")
+    click.echo(f"It lets {whom} in until {made['expires_at']}. On the new machine:\n")
+    click.echo(
+        f"agentmem serve --join TOKEN --at {seed_urls(url)[0]} --id {node or 'ID'} --data DIR "
+        "--listen HOST:PORT --peer-listen HOST:PORT"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class JoinOptions:
+    """`serve`'s options that concern joining."""
+
+    token: str
+    at: str | None
+    advertise: str | None
+
+
+def joined_config(config: Config) -> Path | None:
+    """The node.toml that joining left in the data directory, if this node has joined."""
+    path = Path(config.node.data_dir) / "node.toml"
+    if not path.exists():
+        return None  # nearly always, and without the imports that joining needs
+    from agentmem_node.service.join_client import has_joined
+
+    return path if has_joined(path.parent) else None
+
+
+def join_first(options: JoinOptions, config_path: str | None, overrides: Mapping[str, Any]) -> Path:
+    """Join, unless this directory has; the node.toml to serve with. Raises CommandFailed."""
+    import msgspec
+
+    from agentmem_client.aio import seed_urls
+    from agentmem_node.config import ConfigError, check_startup, load
+    from agentmem_node.service.join_client import JoinFailed, Newcomer, has_joined, join
+    from agentmem_node.service.join_tokens import BadToken, JoinToken
+    from agentmem_node.service.status import Status
+
+    try:
+        settings = load(config_path, overrides=overrides)
+        node = settings.config.node
+        data = Path(node.data_dir)
+        if has_joined(data):
+            click.echo(f"{data} has joined already: the token is not used")
+            return data / "node.toml"
+        if not options.at:
+            raise click.UsageError("--join needs --at: the URL of a node of the cluster.")
+        if "node.id" not in settings.sources:
+            raise click.UsageError("--join needs --id: a name that no node of the cluster has.")
+        if "node.peer_listen" not in settings.sources or node.peer_listen is None:
+            raise click.UsageError("--join needs --peer-listen: HOST:PORT for the other nodes.")
+        if settings.config.cluster.nodes:
+            raise click.UsageError("cluster.nodes is set: a node that joins is told of the others.")
+        check_startup(settings.config, has_certificates=True)
+        chosen = {
+            name: msgspec.to_builtins(settings.explain(name).value)
+            for name, source in settings.sources.items()
+            if not source.startswith("environment ")
+        }
+        newcomer = Newcomer(
+            node.id,
+            data,
+            peer=_reachable(node.peer_listen, options.advertise, "--peer-listen"),
+            http=f"http://{_reachable(node.listen, options.advertise, '--listen')}",
+            zone=node.zone,
+            version=Status.VERSION,
+            settings=chosen,
+        )
+        written = join(newcomer, JoinToken.parse(options.token), seed_urls(options.at), say=_say)
+    except BadToken as error:
+        raise CommandFailed(str(error), Exit.USAGE) from error
+    except ConfigError as error:
+        raise CommandFailed(str(error), Exit.USAGE) from error
+    except JoinFailed as error:
+        raise CommandFailed(str(error)) from error
+    except ValueError as error:
+        raise click.UsageError(f"--at: {error}") from error
+    click.echo(f"node {node.id} has joined; its settings are in {written}")
+    return written
+
+
+def _reachable(address: str, advertise: str | None, option: str) -> str:
+    """HOST:PORT at which others reach what listens on `address`. Raises click.UsageError."""
+    from agentmem_node.config import split_address
+
+    host, port = split_address(address, option)
+    if advertise is None and host in _WILDCARDS:
+        raise click.UsageError(
+            f"{option} {address} is every address of this machine: say with --advertise HOST at "
+            "which of them the others reach it."
+        )
+    host = (advertise or host).strip("[]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
