@@ -31,6 +31,16 @@ class Kind(Enum):
     WRITE = "write"
     CAS = "cas"
     ADD = "add"
+    DELETE = "delete"
+
+
+class Gone(Enum):
+    """The state of a register after a delete: nothing is ever stored there again."""
+
+    GONE = "gone"
+
+
+GONE = Gone.GONE
 
 
 class Verdict(Enum):
@@ -44,8 +54,10 @@ class Operation:
     """One client operation on one register.
 
     `returned_s` is `UNKNOWN_RETURN` when no answer came: it may take effect at any time after
-    `invoked_s`, or never. `result` is the value of a read, whether a cas took effect, and the
-    sum after an add (`None` counts as zero).
+    `invoked_s`, or never. `result` is the value of a read, whether a cas or a delete took effect,
+    and the sum after an add (`None` counts as zero). A delete takes effect where there is a value,
+    the `expected` one if one is named, and leaves `GONE`; a read of that may answer `None` too,
+    but a cas that expects `None` fails on it.
     """
 
     client: int
@@ -151,10 +163,10 @@ def _needed(operations: list[Operation]) -> list[Operation]:
 
     An unanswered read says nothing. An unanswered write or cas of a value that nobody read and
     no cas expected can be taken out of any linearization, unless a cas failed after it was
-    invoked: that cas may have failed *because of* it. Adds pass every value on, so nothing is
-    dropped from a history that has any.
+    invoked: that cas may have failed *because of* it. Adds pass every value on, and deletes depend
+    on all of them, so nothing is dropped from a history that has any.
     """
-    if any(op.kind is Kind.ADD for op in operations):
+    if any(op.kind is Kind.ADD or op.kind is Kind.DELETE for op in operations):
         return [op for op in operations if op.answered or op.kind is not Kind.READ]
     observed: set[Hashable] = set()
     last_failed_cas_s = -math.inf
@@ -290,12 +302,16 @@ class _Search:
 def _step(op: Operation, state: Hashable) -> tuple[bool, Hashable]:
     """Whether `op` may take effect in `state`, and the state after it."""
     if op.kind is Kind.READ:
-        return op.result == state, state
+        return op.result == state or (state is GONE and op.result is None), state
     if op.kind is Kind.WRITE:
         return True, op.value
     if op.kind is Kind.ADD:
         total = (state or 0) + op.value  # type: ignore[operator]
         return not op.answered or op.result == total, total
+    if op.kind is Kind.DELETE:
+        there = state is not None and state is not GONE
+        matches = there and (op.expected is None or state == op.expected)
+        return not op.answered or bool(op.result) == matches, GONE if matches else state
     matches = state == op.expected
     if op.answered and bool(op.result) != matches:
         return False, state

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
-from agentmem_chaos.sim.machine import MachineStore
+from agentmem_chaos.sim.machine import ReplicaStore
 from agentmem_cluster.journal.group import GroupLog
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft.api import GroupSpec
@@ -34,7 +34,7 @@ class Machine(Protocol):
 
     name: str
     disk: SimDisk
-    stores: dict[str, MachineStore]
+    stores: dict[str, ReplicaStore]
 
 
 class Auditor:
@@ -71,7 +71,7 @@ class Auditor:
         holders = []
         for name in group.members:
             machine = self._machines[name]
-            if machine.stores[group.id].durable.applied_index >= index:
+            if machine.stores[group.id].durable_index >= index:
                 holders.append(name)
                 continue
             log = self._log(machine, group)

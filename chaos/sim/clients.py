@@ -1,23 +1,24 @@
-"""Clients: they write, compare-and-set, add and read, retry with the same request id, and give up.
+"""Clients: they think, call (sometimes many at once), and wait for what comes of it.
 
-A client knows what a real one knows: who it believes leads, what an error said, and the time. It
-retries any write under its first request id, on whatever node, because the ledger makes that
-safe; what it may conclude from an error is written down in `Fate`.
+What they ask for is `workload`'s choice. How a call is carried out, with its retries, is the
+choice of a `Caller`: the plain one here, or the client library's own core (`core_caller`). What
+may be concluded from an outcome is written down in `Fate`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, ParamSpec, Protocol
 
 from agentmem_chaos.checker import Kind, Operation
 from agentmem_chaos.sim.machine import Command, Effect
-from agentmem_chaos.sim.plan import WorldPlan
+from agentmem_chaos.sim.plan import Engine, WorldPlan
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
+from agentmem_chaos.sim.workload import Asked, Memories, Registers
 from agentmem_cluster.errors import AgentMemError, NotLeader
 from agentmem_cluster.raft.api import Applied, GroupSpec
 
@@ -48,13 +49,13 @@ class Call:
     kind: Kind
     request: str
     invoked_s: float
-    value: int = 0
-    expected: int | None = None
+    value: Hashable = 0
+    expected: Hashable = None
     padding: bytes = b""
     fate: Fate = Fate.PENDING
     returned_s: float = 0.0
     ok: bool = False
-    result: int | None = None
+    result: Hashable = None
     uncertain: bool = False  # some attempt may still take effect
     order: float | None = None  # index of the entry, or just after the last one that was read
 
@@ -63,8 +64,8 @@ class Call:
             self.request, self.kind.value, self.key, self.value, self.expected, self.padding
         )
 
-    def as_operation(self, key: str, returned_s: float, ok: bool, result: int | None) -> Operation:
-        shown = ok if self.kind is Kind.CAS else result
+    def as_operation(self, key: str, returned_s: float, ok: bool, result: Hashable) -> Operation:
+        shown = ok if self.kind in (Kind.CAS, Kind.DELETE) else result
         return Operation(
             self.client,
             key,
@@ -81,6 +82,8 @@ class Call:
         what = f"{self.request} {self.kind.value} {self.group}/{self.key}"
         if self.kind is Kind.CAS:
             what += f" {self.expected}->{self.value}"
+        elif self.kind is Kind.DELETE:
+            what += f" {self.expected or 'whatever it is'}"
         elif self.kind is not Kind.READ:
             what += f" {self.value}"
         if self.fate is Fate.ANSWERED:
@@ -91,7 +94,7 @@ class Call:
 class Seen(NamedTuple):
     """What a read answers: the value, and up to which entry the replica had applied."""
 
-    value: int | None
+    value: Hashable
     applied_index: int
 
 
@@ -111,13 +114,21 @@ class Server(Protocol):
     ) -> None: ...
 
 
+class Caller(Protocol):
+    """How a client carries out a call, from the first attempt to its fate."""
+
+    def begin(self, call: Call, group: GroupSpec, ended: Callable[[Fate], None]) -> None:
+        """`ended(fate)` once, after `call.ok`, `.result` and `.order` are set if it is answered."""
+        ...
+
+
 class SimClient:
     """A loop: think, call (sometimes many at once), wait for the outcome."""
 
     def __init__(
         self,
         number: int,
-        servers: Mapping[str, Server],
+        caller: Caller,
         plan: WorldPlan,
         schedule: Schedule,
         chance: random.Random,
@@ -125,7 +136,7 @@ class SimClient:
         calls: list[Call],
     ) -> None:
         self.number = number
-        self._servers = servers
+        self._caller = caller
         self._plan = plan
         self._schedule = schedule
         self._chance = chance
@@ -133,9 +144,14 @@ class SimClient:
         self._calls = calls
         self._sequence = 0
         self._open = 0
-        self._leader: dict[str, str] = {}
-        self._seen: dict[tuple[str, str], int | None] = {}
+        self._workload: dict[str, Registers | Memories] = {
+            group.id: self._workload_of(group) for group in plan.groups
+        }
         self.stopped = False
+
+    def _workload_of(self, group: GroupSpec) -> Registers | Memories:
+        kind = Memories if self._plan.engine_of(group.id) is Engine.SHARD else Registers
+        return kind(self.number, self._plan.keys_per_group, self._chance)
 
     def start(self) -> None:
         self._schedule.after(self._chance.uniform(0.0, 1.0), self._step)
@@ -149,47 +165,72 @@ class SimClient:
             return
         burst = self._chance.random() < BURST_CHANCE
         for _ in range(self._chance.randint(2, BURST_CALLS_MAX) if burst else 1):
-            self.call(self._draw_group(), self._draw_kind())
+            group = self._draw_group()
+            self.call(group, self._workload[group.id].draw())
 
     def _draw_group(self) -> GroupSpec:
         if self._plan.quiet_groups and self._chance.random() > QUIET_SHARE:
             return self._plan.groups[0]
         return self._chance.choice(self._plan.groups)
 
-    def _draw_kind(self) -> Kind:
-        return self._chance.choice(
-            [Kind.READ, Kind.READ, Kind.READ, Kind.WRITE, Kind.WRITE, Kind.CAS, Kind.ADD]
-        )
+    def probe(self, group: GroupSpec) -> Call:
+        """A write, now."""
+        return self.call(group, self._workload[group.id].draw_write())
 
-    def call(
-        self, group: GroupSpec, kind: Kind, done: Callable[[Call], None] = lambda call: None
-    ) -> Call:
+    def call(self, group: GroupSpec, asked: Asked) -> Call:
         chance = self._chance
         self._sequence += 1
         self._open += 1
-        number = chance.randrange(self._plan.keys_per_group)
-        key = f"k{number}"
-        if kind is Kind.ADD or (kind is Kind.READ and chance.random() < 0.25):
-            key = f"sum{number}"  # adds have keys of their own, so that no write hides a lost one
         call = Call(
             client=self.number,
             group=group.id,
-            key=key,
-            kind=kind,
+            key=asked.key,
+            kind=asked.kind,
             request=f"c{self.number}-{self._sequence}",
             invoked_s=self._schedule.now_s,
+            value=asked.value(self._sequence),
+            expected=asked.expected,
         )
-        if kind is Kind.ADD:
-            call.value = chance.randint(1, 3)
-        elif kind is not Kind.READ:
-            call.value = self.number * 1_000_000 + self._sequence
-        if kind is Kind.CAS:
-            call.expected = self._seen.get((group.id, key))
-        if kind is not Kind.READ and self._plan.padding_bytes_max and chance.random() < 0.5:
+        if call.kind is not Kind.READ and self._plan.padding_bytes_max and chance.random() < 0.5:
             call.padding = bytes(chance.randrange(self._plan.padding_bytes_max))
         self._calls.append(call)
-        self._attempt(call, group, done, self._choose(call, group, None))
+        self._caller.begin(call, group, lambda fate: self._ended(call, fate))
         return call
+
+    def _ended(self, call: Call, fate: Fate) -> None:
+        call.fate = fate
+        call.returned_s = self._schedule.now_s
+        workload = self._workload[call.group]
+        if fate is Fate.ANSWERED:
+            workload.learn(call.kind, call.key, call.value, call.ok, call.result)
+        elif call.kind is not Kind.READ:
+            workload.forget(call.key)
+        self._story.tell(call.returned_s, f"client {self.number}", str(call))
+        self._open -= 1
+        if self.idle:
+            self._schedule.after(self._chance.uniform(*self._plan.think_s), self._step_when_idle)
+
+    def _step_when_idle(self) -> None:
+        if self.idle:
+            self._step()
+
+
+class PlainCaller:
+    """Retries any write under its first request id, on whatever node: the ledger makes it safe.
+
+    It knows who it believes leads, what an error said, and the time.
+    """
+
+    def __init__(
+        self, servers: Mapping[str, Server], schedule: Schedule, chance: random.Random
+    ) -> None:
+        self._servers = servers
+        self._schedule = schedule
+        self._chance = chance
+        self._leader: dict[str, str] = {}
+
+    def begin(self, call: Call, group: GroupSpec, ended: Callable[[Fate], None]) -> None:
+        self._attempt(call, group, ended, self._choose(call, group, None))
 
     def _choose(self, call: Call, group: GroupSpec, hint: str | None) -> str:
         if hint in group.members:
@@ -200,7 +241,7 @@ class SimClient:
         return self._chance.choice(group.members)
 
     def _attempt(
-        self, call: Call, group: GroupSpec, done: Callable[[Call], None], node: str
+        self, call: Call, group: GroupSpec, ended: Callable[[Fate], None], node: str
     ) -> None:
         """One try on one node; it ends by an answer or by its time being up."""
         over = False
@@ -213,12 +254,12 @@ class SimClient:
             call.uncertain |= not certain
             self._leader.pop(group.id, None)
             if self._schedule.now_s - call.invoked_s > CALL_S:
-                self._finish(call, Fate.UNKNOWN if call.uncertain else Fate.REFUSED, done)
+                ended(Fate.UNKNOWN if call.uncertain else Fate.REFUSED)
                 return
             following = self._choose(call, group, hint)
             self._schedule.after(
                 self._chance.uniform(*RETRY_S),
-                lambda: self._attempt(call, group, done, following),
+                lambda: self._attempt(call, group, ended, following),
             )
 
         def written(outcome: Applied | AgentMemError, certain: bool) -> None:
@@ -231,7 +272,7 @@ class SimClient:
             effect: Effect = outcome.result
             call.ok, call.result = effect.ok, effect.value
             self._leader[group.id] = node
-            self._finish(call, Fate.ANSWERED, done)
+            ended(Fate.ANSWERED)
 
         def was_read(outcome: Seen | AgentMemError) -> None:
             if call.fate is not Fate.PENDING:
@@ -241,7 +282,7 @@ class SimClient:
                 return
             call.ok, call.result = True, outcome.value
             call.order = outcome.applied_index + 0.5
-            self._finish(call, Fate.ANSWERED, done)
+            ended(Fate.ANSWERED)
 
         def send() -> None:
             server = self._servers[node]
@@ -253,21 +294,6 @@ class SimClient:
         delay_s = self._delay_s()
         self._schedule.after(delay_s, send)
         self._schedule.after(delay_s + ATTEMPT_S, lambda: again(None, certain=False))
-
-    def _finish(self, call: Call, fate: Fate, done: Callable[[Call], None]) -> None:
-        call.fate = fate
-        call.returned_s = self._schedule.now_s
-        if fate is Fate.ANSWERED:
-            self._seen[call.group, call.key] = call.result
-        self._story.tell(call.returned_s, f"client {self.number}", str(call))
-        self._open -= 1
-        done(call)
-        if self.idle:
-            self._schedule.after(self._chance.uniform(*self._plan.think_s), self._step_when_idle)
-
-    def _step_when_idle(self) -> None:
-        if self.idle:
-            self._step()
 
     def _delay_s(self) -> float:
         return self._chance.uniform(0.0001, 0.002)

@@ -13,17 +13,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import msgpack
+
 from agentmem_chaos.checker import UNKNOWN_RETURN, Kind, Operation, Verdict, check
+from agentmem_chaos.sim import shard_machine
 from agentmem_chaos.sim.clients import Call, Fate
-from agentmem_chaos.sim.machine import Command, Effect
+from agentmem_chaos.sim.machine import Command, Effect, Outcome
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
 from agentmem_cluster.raft.api import Applied, Entry
 
 FOUND_MAX = 20
-Ledger = dict[str, tuple[bool, int | None]]
+Ledger = Callable[[str], Outcome | None]  # of a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,11 @@ class Violation:
         return f"{self.rule} at {self.at_s:.4f} s: {self.what}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _AppliedEntry:
     term: int
     command: bytes
-    digest: bytes
+    digest: bytes | None  # of who was first to have one here: a batch has it at its end only
     first_node: str
 
 
@@ -69,7 +73,7 @@ class Judge:
     def booted(self, node: str, group: str, applied_index: int) -> None:
         self._next_index[node, group] = applied_index + 1
 
-    def applied(self, node: str, group: str, entry: Entry, effect: Effect, digest: bytes) -> bool:
+    def applied(self, node: str, group: str, entry: Entry, effect: Effect, digest: bytes | None) -> bool:
         """A replica applied an entry. True when it is the first to apply this one."""
         expected = self._next_index[node, group]
         if entry.index != expected:
@@ -85,17 +89,19 @@ class Judge:
                     f"{describe(first.command)} of term {first.term}, {node} "
                     f"{describe(entry.command)} of term {entry.term}",
                 )
-            elif first.digest != digest:
+            elif first.digest is None:
+                first.digest = digest
+            elif digest is not None and first.digest != digest:
                 self.accuse(
                     "equal digests",
                     f"{first.first_node} and {node} differ after {group}/{entry.index}",
                 )
         if effect.fresh:
-            request = Command.decode(entry.command).request
-            index = self._effect_at.setdefault((group, request), entry.index)
+            index = self._effect_at.setdefault((group, effect.request), entry.index)
             if index != entry.index:
                 self.accuse(
-                    "exactly once", f"{request} took effect at {group}/{index} and {entry.index}"
+                    "exactly once",
+                    f"{effect.request} took effect at {group}/{index} and {entry.index}",
                 )
         return first is here
 
@@ -107,14 +113,14 @@ class Judge:
         if other != node:
             self.accuse("election safety", f"{other} and {node} lead {group} in term {term}")
 
-    def acknowledged_write(self, node: str, group: str, command: Command, answer: Applied) -> None:
+    def acknowledged_write(self, node: str, group: str, command: bytes, answer: Applied) -> None:
         """A replica answered a proposal: the answer must be what was applied there."""
         self.acknowledged += 1
         there = self._applied.get((group, answer.index))
-        if there is None or there.command != command.encode() or there.term != answer.term:
+        if there is None or there.command != command or there.term != answer.term:
             self.accuse(
                 "honest answers",
-                f"{node} answered {command.request} with {group}/{answer.index} of term "
+                f"{node} answered {describe(command)} with {group}/{answer.index} of term "
                 f"{answer.term}, where "
                 + ("nothing was applied" if there is None else describe(there.command)),
             )
@@ -124,7 +130,7 @@ class Judge:
     def history(
         self,
         calls: list[Call],
-        ledgers: dict[str, dict[str, tuple[bool, int | None]]],
+        ledgers: Mapping[str, Ledger],
         end_s: float,
     ) -> list[Operation]:
         """The calls as operations, with unknown outcomes settled by the converged ledgers.
@@ -142,7 +148,7 @@ class Judge:
                 operations.append(call.as_operation(key, call.returned_s, call.ok, call.result))
             if call.kind is Kind.READ:
                 continue
-            kept = ledgers[call.group].get(call.request)
+            kept = ledgers[call.group](call.request)
             if answered and kept is None:
                 self.accuse("acknowledged writes survive", f"{call} is in no ledger")
             elif answered and kept != (call.ok, call.result):
@@ -165,6 +171,8 @@ class Judge:
 def describe(command: bytes) -> str:
     if not command:
         return "an empty entry"
+    if not isinstance(msgpack.unpackb(command)[0], str):
+        return shard_machine.describe(command)
     c = Command.decode(command)
     return f"{c.request} ({c.kind} {c.key} {c.value})"
 

@@ -1,6 +1,6 @@
-"""The state machine that simulated groups replicate: registers, counters and a request ledger.
+"""A small state machine for simulated groups: registers, counters and a request ledger.
 
-Small, but of the same shape as a shard: a command carries its request id, the ledger makes it
+Of the same shape as a shard (`shard_machine` runs the real one): a command carries its request id, the ledger makes it
 take effect once whatever is retried, a rolling digest covers commands *and* results, and the
 state becomes durable only at checkpoints (LMDB without a sync per transaction: what was applied
 survives the process, only what was synced survives the machine).
@@ -9,9 +9,9 @@ survives the process, only what was synced survives the machine).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgpack
 
@@ -20,11 +20,13 @@ from agentmem_cluster.raft.api import Entry
 
 
 class Command(NamedTuple):
+    """What a client asks for. Each machine has its own bytes for it (`Replica.encode`)."""
+
     request: str
-    kind: str  # "write", "cas" or "add"
+    kind: str  # of `checker.Kind`
     key: str
-    value: int
-    expected: int | None = None
+    value: Any  # an int; of a memory: (version, content)
+    expected: Any = None
     padding: bytes = b""
 
     def encode(self) -> bytes:
@@ -40,8 +42,66 @@ class Effect(NamedTuple):
     """What a command did. `fresh` is False when the ledger answered instead."""
 
     ok: bool
-    value: int | None
+    value: int | None  # of a memory: its version
     fresh: bool
+    request: str = ""
+
+
+# What a ledger keeps of a request.
+Outcome = tuple[bool, int | None]
+# Called for each entry with what it did and the digest after it, where there is one.
+Observer = Callable[[Entry, Effect, bytes | None], None]
+
+
+class Replica(Protocol):
+    """A state machine as the simulator sees it: `raft.api.StateMachine`, and what is checked."""
+
+    @property
+    def applied_index(self) -> int: ...
+
+    @property
+    def durable_index(self) -> int: ...
+
+    def apply(self, entries: Sequence[Entry]) -> list[Effect]: ...
+
+    def checkpoint(self) -> Any: ...
+
+    def checkpoint_done(self, job: Any) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+    def close(self) -> None: ...
+
+    def encode(self, command: Command, at_ms: int) -> bytes:
+        """The bytes of a command that a node decides on when its clock shows `at_ms`."""
+        ...
+
+    def read(self, key: str) -> Hashable: ...
+
+    def outcome(self, request: str) -> Outcome | None:
+        """What the ledger keeps of a request."""
+        ...
+
+    def contents(self) -> bytes:
+        """A hash of all that is stored, the digest of the log apart: equal on equal replicas."""
+        ...
+
+
+class ReplicaStore(Protocol):
+    """Where a replica's state lives between two processes: page cache and platter."""
+
+    @property
+    def durable_index(self) -> int:
+        """The last entry that a power loss now would leave."""
+        ...
+
+    def kill(self, *, keeps_cached: bool) -> None: ...
+
+    def power_loss(self) -> None: ...
+
+    def close(self) -> None:
+        """The world ends: let go of what the operating system lent."""
+        ...
 
 
 @dataclass(slots=True)
@@ -59,11 +119,15 @@ class MachineState:
 
 @dataclass(slots=True)
 class MachineStore:
-    """Where one replica's state lives between two processes: page cache and platter."""
+    """Implements `ReplicaStore` in memory."""
 
     cached: MachineState = field(default_factory=MachineState)
     durable: MachineState = field(default_factory=MachineState)
     is_full: Callable[[], bool] = lambda: False
+
+    @property
+    def durable_index(self) -> int:
+        return self.durable.applied_index
 
     def power_loss(self) -> None:
         self.cached = self.durable.copy()
@@ -71,6 +135,9 @@ class MachineStore:
     def kill(self, *, keeps_cached: bool) -> None:
         if not keeps_cached:
             self.cached = self.durable.copy()
+
+    def close(self) -> None:
+        pass
 
 
 class CheckpointJob:
@@ -84,12 +151,8 @@ class CheckpointJob:
         self._store.durable = self._state.copy()
 
 
-# Called for each entry with what it did and the digest after it.
-Observer = Callable[[Entry, Effect, bytes], None]
-
-
 class RegisterMachine:
-    """Implements `agentmem_cluster.raft.api.StateMachine` over a `MachineStore`."""
+    """Implements `Replica` over a `MachineStore`."""
 
     keeps_ledger = True
 
@@ -116,7 +179,7 @@ class RegisterMachine:
             effect = self._apply_one(state, entry)
             state.applied_index = entry.index
             state.digest = hashlib.blake2b(
-                b"%d %d %r" % (entry.index, len(entry.command), tuple(effect)) + entry.command,
+                b"%d %d %r" % (entry.index, len(entry.command), effect[:3]) + entry.command,
                 key=state.digest,
                 digest_size=16,
             ).digest()
@@ -130,7 +193,7 @@ class RegisterMachine:
         command = Command.decode(entry.command)
         if self.keeps_ledger and command.request in state.ledger:
             ok, value = state.ledger[command.request]
-            return Effect(ok, value, False)
+            return Effect(ok, value, False, command.request)
         current = state.registers.get(command.key, (None, 0))[0]
         ok, value = True, command.value
         if command.kind == "cas":
@@ -140,13 +203,21 @@ class RegisterMachine:
         if ok:
             state.registers[command.key] = (value, entry.index)
         state.ledger[command.request] = (ok, value if ok else current)
-        return Effect(ok, value if ok else current, True)
+        return Effect(ok, value if ok else current, True, command.request)
+
+    def encode(self, command: Command, at_ms: int) -> bytes:
+        return command.encode()
 
     def read(self, key: str) -> int | None:
         return self._store.cached.registers.get(key, (None, 0))[0]
 
-    def ledger(self) -> dict[str, tuple[bool, int | None]]:
-        return self._store.cached.ledger
+    def outcome(self, request: str) -> Outcome | None:
+        return self._store.cached.ledger.get(request)
+
+    def contents(self) -> bytes:
+        state = self._store.cached
+        rows = repr((sorted(state.registers.items()), sorted(state.ledger.items())))
+        return hashlib.blake2b(rows.encode(), digest_size=16).digest()
 
     def checkpoint(self) -> CheckpointJob | None:
         if self.applied_index == self._durable_index:

@@ -11,16 +11,18 @@ import math
 import os
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from agentmem_chaos.sim.audit import Auditor
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
-from agentmem_chaos.sim.machine import Effect, MachineStore, RegisterMachine
+from agentmem_chaos.sim.machine import Command, Effect, MachineStore, Replica, ReplicaStore
 from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.parts import Parts, settings
-from agentmem_chaos.sim.plan import WorldPlan
+from agentmem_chaos.sim.plan import Engine, WorldPlan
 from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
+from agentmem_chaos.sim.shard_store import ShardStore
 from agentmem_chaos.sim.story import Story
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft.api import Entry, GroupSpec
@@ -43,19 +45,20 @@ class SimNode:
         judge: Judge,
         story: Story,
         auditor: Callable[[], Auditor],
+        folder: Path,
     ) -> None:
         self.name = name
+        self.folder = folder
         self.plan = plan
         self.groups = {spec.id: spec for spec in plan.groups if name in spec.members}
         self.disk = SimDisk(stream(plan.seed, f"disk/{name}"))
         self.clock = SimClock(schedule)
-        self.stores = {
-            group: MachineStore(is_full=lambda: plan.state_needs_room and self.disk.full)
-            for group in self.groups
+        self.stores: dict[str, ReplicaStore] = {
+            group: self._make_store(spec) for group, spec in self.groups.items()
         }
         self.core: NodeCore | None = None
         self.journal: Journal | None = None
-        self.machines: dict[str, RegisterMachine] = {}
+        self.machines: dict[str, Replica] = {}
         self.paused = False
         self.own_slowness = plan.slowness[plan.nodes.index(name)]
         self.slowness = 1.0  # a fault's, on top of its own
@@ -110,12 +113,31 @@ class SimNode:
         self._net.join(self.name)
         self.plan_turn()
 
+    def _make_store(self, spec: GroupSpec) -> ReplicaStore:
+        if self.plan.engine_of(spec.id) is Engine.REGISTERS:
+            return MachineStore(is_full=self._state_is_full)
+        return ShardStore(
+            self.folder / f"{spec.id}-{spec.epoch}",
+            spec.id,
+            stream(self.plan.seed, f"store/{self.name}/{spec.id}/{spec.epoch}"),
+            self._state_is_full,
+        )
+
+    def _state_is_full(self) -> bool:
+        return self.plan.state_needs_room and self.disk.full
+
     def _found(self, core: NodeCore, spec: GroupSpec) -> None:
-        def observe(entry: Entry, effect: Effect, digest: bytes) -> None:
+        def observe(entry: Entry, effect: Effect, digest: bytes | None) -> None:
             if self._judge.applied(self.name, spec.id, entry, effect, digest):
                 self._auditor().committed(spec, entry.index, entry.term)
 
-        machine = self._parts.make_machine(self.stores[spec.id], observe)
+        store = self.stores[spec.id]
+        machine: Replica
+        if isinstance(store, ShardStore):
+            machine = self._parts.make_shard(store, observe)
+        else:
+            assert isinstance(store, MachineStore)
+            machine = self._parts.make_machine(store, observe)
         self.machines[spec.id] = machine
         self._judge.booted(self.name, spec.id, machine.applied_index)
         core.add_group(spec, machine)
@@ -163,7 +185,18 @@ class SimNode:
                 action()
         self._net.join(self.name)
 
+    def close(self) -> None:
+        """The world ends."""
+        for store in self.stores.values():
+            store.close()
+
+    def encode(self, group: str, command: Command) -> bytes:
+        """The command as this node decides it, now."""
+        return self.machines[group].encode(command, self.clock.wall_ms())
+
     def tell(self, what: str) -> None:
+        # A folder has another name in each run.
+        what = what.replace(str(self.folder), self.name)
         self._story.tell(self._schedule.now_s, self.name, what)
 
     # -- the process --
@@ -257,7 +290,7 @@ class SimNode:
             return
         failure: OSError | None = None
         try:
-            if self.plan.state_needs_room and self.disk.full:
+            if self._state_is_full():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state")
             self.disk.before_sync("state")
             checkpoint.job.run()

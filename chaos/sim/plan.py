@@ -14,14 +14,22 @@ from enum import Enum
 
 from agentmem_chaos.sim.net import NetPlan
 from agentmem_chaos.sim.schedule import stream
-from agentmem_cluster.raft.api import GroupSpec
+from agentmem_cluster.raft.api import GROUP_META, GroupSpec
 
 SECONDS_DEFAULT = 60.0
+SHARD_SHARE = 0.35  # of the worlds have shards of the real engine
 # The second phase: everything is healed and the cluster must converge. A minute's world gives a
 # third of it, a short one still leaves time for elections, reconnection and catching up.
 CALM_SHARE = 0.3
 CALM_S_MIN = 14.0
 SYNC_S_MAX = 0.15  # of the slowest disk: a replica must be able to catch up in the second phase
+
+
+class Engine(Enum):
+    """What the groups replicate."""
+
+    REGISTERS = "registers"
+    SHARD = "shard"  # the real one, on files
 
 
 class Fault(Enum):
@@ -68,6 +76,7 @@ class WorldPlan:
     seconds: float
     nodes: tuple[str, ...]
     groups: tuple[GroupSpec, ...]
+    engine: Engine  # of all groups but the first, which is the meta group
     net: NetPlan
     fault_every_s: dict[Fault, float]
     sync_s: tuple[float, float]
@@ -88,6 +97,9 @@ class WorldPlan:
     inflight_appends_max: int
     queue_commands_max: int
 
+    def engine_of(self, group: str) -> Engine:
+        return Engine.REGISTERS if group == GROUP_META else self.engine
+
     @property
     def calm_at_s(self) -> float:
         """When faults end and the second phase begins."""
@@ -105,11 +117,14 @@ class WorldPlan:
         names = tuple(f"n{i + 1}" for i in range(nodes or drawn))
         slow_net = chance.random() < 0.3
         sync_s = chance.choice([(0.0001, 0.001), (0.001, 0.01), (0.002, 0.06)])
+        # A stream of its own: what was drawn before there were shards stays as it was.
+        engine = Engine.SHARD if stream(seed, "engine").random() < SHARD_SHARE else Engine.REGISTERS
         return cls(
             seed=seed,
             seconds=seconds,
             nodes=names,
-            groups=_groups(chance, names),
+            groups=_groups(chance, names, engine),
+            engine=engine,
             net=NetPlan(
                 delay_s=(0.0002, 0.03 if slow_net else 0.004),
                 spike_chance=chance.choice([0.0, 0.005, 0.03]),
@@ -138,10 +153,13 @@ class WorldPlan:
         )
 
 
-def _groups(chance: random.Random, nodes: tuple[str, ...]) -> tuple[GroupSpec, ...]:
+def _groups(
+    chance: random.Random, nodes: tuple[str, ...], engine: Engine
+) -> tuple[GroupSpec, ...]:
     """The first group has every node; others three of them, as shards of a larger cluster do."""
-    groups = [GroupSpec("meta", 1, nodes, preferred=chance.choice([None, *nodes]))]
-    for number in range(chance.choice([0, 0, 1, 2])):
+    groups = [GroupSpec(GROUP_META, 1, nodes, preferred=chance.choice([None, *nodes]))]
+    shards = chance.choice([0, 0, 1, 2])
+    for number in range(max(shards, 1) if engine is Engine.SHARD else shards):
         groups.append(
             GroupSpec(f"s{number:02}", 1, tuple(sorted(chance.sample(nodes, min(3, len(nodes))))))
         )

@@ -35,14 +35,15 @@ class Serving:
 
         def run() -> None:
             at_once = True
+            encoded = node.encode(group, command)
 
             def done(outcome: Applied | AgentMemError) -> None:
                 if isinstance(outcome, Applied):
-                    self._judge.acknowledged_write(self.name, group, command, outcome)
+                    self._judge.acknowledged_write(self.name, group, encoded, outcome)
                     self._auditor.committed(node.groups[group], outcome.index, outcome.term)
                 answer(outcome, at_once)
 
-            node.run(lambda core: core.propose(group, command.encode(), done))
+            node.run(lambda core: core.propose(group, encoded, done))
             at_once = False
             node.plan_turn()
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from pathlib import Path
+
 from agentmem_chaos.checker import Kind
 from agentmem_chaos.sim.audit import Auditor
-from agentmem_chaos.sim.clients import Call, Fate, SimClient
-from agentmem_chaos.sim.judge import Judge
+from agentmem_chaos.sim.clients import Call, Fate, PlainCaller, SimClient
+from agentmem_chaos.sim.judge import Judge, Ledger
 from agentmem_chaos.sim.nemesis import Nemesis
 from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.node import SimNode
@@ -21,6 +25,7 @@ from agentmem_cluster.raft.api import GroupSpec, Role
 WRITE_WITHIN_S = 9.0
 QUIET_S = 5.0
 FINAL_READS_S = 5.0
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class World:
@@ -31,6 +36,9 @@ class World:
         self.story = Story(keep=story)
         self.judge = Judge(self.story, self.schedule)
         self.nodes: dict[str, SimNode] = {}
+        # Files of real engines: in memory where that is possible, since their syncs are simulated.
+        in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        self.folder = Path(tempfile.mkdtemp(prefix="agentmem-sim-", dir=in_memory))
         self.net = SimNet(
             self.schedule,
             plan.seed,
@@ -48,6 +56,7 @@ class World:
                 self.judge,
                 self.story,
                 lambda: self.auditor,
+                self.folder / name,
             )
         for name, node in self.nodes.items():
             self.net.attach(name, node)
@@ -69,18 +78,20 @@ class World:
         self.left_behind = 0
 
     def _client(self, number: int) -> SimClient:
-        return SimClient(
-            number,
-            self.servers,
-            self.plan,
-            self.schedule,
-            stream(self.plan.seed, f"client/{number}"),
-            self.story,
-            self.calls,
-        )
+        chance = stream(self.plan.seed, f"client/{number}")
+        caller = PlainCaller(self.servers, self.schedule, chance)
+        return SimClient(number, caller, self.plan, self.schedule, chance, self.story, self.calls)
 
     def run(self) -> WorldResult:
-        """Play both phases; a violation ends the world where it is found."""
+        """Play both phases; a violation ends the world where it is found. It can run once."""
+        try:
+            return self._run()
+        finally:
+            for node in self.nodes.values():
+                node.close()
+            shutil.rmtree(self.folder)
+
+    def _run(self) -> WorldResult:
         self._tell_plan()
         for node in self.nodes.values():
             node.boot_later(0.0)
@@ -122,9 +133,9 @@ class World:
             operations = self.judge.history(self.calls, ledgers, self.schedule.now_s)
             self.judge.linearizable(operations)
 
-    def _ledger(self, group: GroupSpec) -> dict[str, tuple[bool, int | None]]:
+    def _ledger(self, group: GroupSpec) -> Ledger:
         machines = [self.nodes[name].machines[group.id] for name in group.members]
-        return max(machines, key=lambda machine: machine.applied_index).ledger()
+        return max(machines, key=lambda machine: machine.applied_index).outcome
 
     def _written_since(self, group: GroupSpec, since_s: float) -> bool:
         return any(
@@ -137,7 +148,7 @@ class World:
 
     def _probe(self, group: GroupSpec) -> bool:
         """Clients may have been elsewhere: one write of our own decides."""
-        call = self.clients[0].call(group, Kind.WRITE)
+        call = self.clients[0].probe(group)
         return self._play(self.schedule.now_s + 2.0) and call.fate is Fate.ANSWERED
 
     def _converged(self) -> None:
@@ -157,7 +168,7 @@ class World:
                     return
                 if not self._was_left_behind(group, node):
                     machine = node.machines[group.id]
-                    ends[name] = (machine.applied_index, machine.digest())
+                    ends[name] = (machine.applied_index, machine.digest(), machine.contents())
             if len(set(ends.values())) != 1 or 2 * len(ends) <= len(group.members):
                 self.judge.accuse("liveness", f"{group.id} did not meet\n{self._statuses()}")
                 return
