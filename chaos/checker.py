@@ -39,6 +39,9 @@ class Gone(Enum):
 
     GONE = "gone"
 
+    def __str__(self) -> str:
+        return self.value
+
 
 GONE = Gone.GONE
 

@@ -73,7 +73,9 @@ class Judge:
     def booted(self, node: str, group: str, applied_index: int) -> None:
         self._next_index[node, group] = applied_index + 1
 
-    def applied(self, node: str, group: str, entry: Entry, effect: Effect, digest: bytes | None) -> bool:
+    def applied(
+        self, node: str, group: str, entry: Entry, effect: Effect, digest: bytes | None
+    ) -> bool:
         """A replica applied an entry. True when it is the first to apply this one."""
         expected = self._next_index[node, group]
         if entry.index != expected:

@@ -1,9 +1,9 @@
 """A small state machine for simulated groups: registers, counters and a request ledger.
 
-Of the same shape as a shard (`shard_machine` runs the real one): a command carries its request id, the ledger makes it
-take effect once whatever is retried, a rolling digest covers commands *and* results, and the
-state becomes durable only at checkpoints (LMDB without a sync per transaction: what was applied
-survives the process, only what was synced survives the machine).
+Of the same shape as a shard (`shard_machine` runs the real one): a command carries its request
+id, the ledger makes it take effect once whatever is retried, a rolling digest covers commands
+*and* results, and the state becomes durable only at checkpoints (LMDB without a sync per
+transaction: what was applied survives the process, only what was synced survives the machine).
 """
 
 from __future__ import annotations

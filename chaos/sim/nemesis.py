@@ -23,6 +23,9 @@ LASTS_S: dict[Fault, tuple[float, float]] = {
     Fault.SLOW_DISK: (0.5, 5.0),
     Fault.FULL_DISK: (0.3, 6.0),
     Fault.CLOCK_RATE: (1.0, 10.0),
+    # About as long as an election takes: the old leader is still one when the new one begins, and
+    # what it wrote meets what the new one has written.
+    Fault.CUT_LEADER: (0.6, 2.5),
 }
 
 
@@ -57,6 +60,7 @@ class Nemesis:
             Fault.CLOCK_RATE: self._clock_rate,
             Fault.WALL_JUMP: self._wall_jump,
             Fault.TRANSFER: self._transfer,
+            Fault.CUT_LEADER: self._cut_leader,
         }
 
     def start(self) -> None:
@@ -167,7 +171,27 @@ class Nemesis:
             return None
         names = [node.name for node in self._nodes]
         inside = sorted(chance.sample(names, chance.randint(1, len(names) - 1)))
-        outside = [name for name in names if name not in inside]
+        return self._isolate(inside, lasts_s, both_ways=both_ways)
+
+    def _cut_leader(self, chance: random.Random, lasts_s: float) -> str | None:
+        """A leader with as many of its followers as are no majority: the others go on."""
+        leading = [
+            (node, spec)
+            for node in self._nodes
+            for spec in node.groups.values()
+            if len(spec.members) > 2 and node.core is not None and node.core.is_leader(spec.id)
+        ]
+        if not leading:
+            return None
+        leader, spec = chance.choice(leading)
+        followers = [name for name in spec.members if name != leader.name]
+        # With the leader, they are at most as many as are no majority.
+        most = (len(spec.members) - 1) // 2 - 1
+        company = chance.sample(followers, chance.choice([most, most, chance.randint(0, most)]))
+        return self._isolate(sorted([leader.name, *company]), lasts_s, both_ways=True)
+
+    def _isolate(self, inside: list[str], lasts_s: float, *, both_ways: bool) -> str:
+        outside = [node.name for node in self._nodes if node.name not in inside]
         pairs: set[Pair] = {(a, b) for a in inside for b in outside}
         if both_ways:
             pairs |= {(b, a) for a, b in pairs}

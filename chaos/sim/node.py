@@ -16,6 +16,7 @@ from typing import Any
 
 from agentmem_chaos.sim.audit import Auditor
 from agentmem_chaos.sim.disk import SimDisk
+from agentmem_chaos.sim.invariants import Invariants
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.machine import Command, Effect, MachineStore, Replica, ReplicaStore
 from agentmem_chaos.sim.net import SimNet
@@ -25,7 +26,7 @@ from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
 from agentmem_chaos.sim.shard_store import ShardStore
 from agentmem_chaos.sim.story import Story
 from agentmem_cluster.journal.journal import Journal
-from agentmem_cluster.raft.api import Entry, GroupSpec
+from agentmem_cluster.raft.api import Entry, GroupSpec, Role
 from agentmem_cluster.raft.core import CheckpointJob, NodeCore, Ready
 from agentmem_cluster.raft.frames import BOOT_BYTES
 
@@ -43,6 +44,7 @@ class SimNode:
         schedule: Schedule,
         net: SimNet,
         judge: Judge,
+        invariants: Invariants,
         story: Story,
         auditor: Callable[[], Auditor],
         folder: Path,
@@ -68,9 +70,12 @@ class SimNode:
         self._schedule = schedule
         self._net = net
         self._judge = judge
+        self._invariants = invariants
         self._story = story
         self._auditor = auditor
         self._chance = stream(plan.seed, f"node/{name}")
+        # What a client sees at once when the process dies: its requests here are broken.
+        self.connections: dict[int, Callable[[], None]] = {}
         self._held: list[Callable[[], None]] = []
         self._turn_planned = False
         self._timer_s = math.inf
@@ -172,6 +177,10 @@ class SimNode:
         self._held.clear()
         self._shown.clear()
         self._net.leave(self.name, silent=silent)
+        broken, self.connections = self.connections, {}
+        if not silent:
+            for broke in broken.values():
+                broke()
         return True
 
     def pause(self) -> None:
@@ -226,7 +235,7 @@ class SimNode:
         if ready is not None:
             self._flush(ready)
         self._drain()
-        self._watch_leaders()
+        self._watch()
         self._set_timer()
 
     def _flush(self, ready: Ready) -> None:
@@ -343,20 +352,25 @@ class SimNode:
             return None
         return result
 
-    def _watch_leaders(self) -> None:
-        if self.core is None:
+    def _watch(self) -> None:
+        """After every turn: the cheap invariants, and who leads."""
+        if self.core is None or self.journal is None:
             return
-        for group in self.groups:
-            shown = (self.core.is_leader(group), self.core.leader(group))
+        for group, spec in self.groups.items():
+            status = self.core.status(group)
+            log = self.journal.group(group, spec.epoch)
+            durable_index = self.stores[group].durable_index
+            self._invariants.turned(self.name, self.boot_number, status, log, durable_index)
+            shown = (status.role is Role.LEADER, status.leader)
             if self._shown.get(group) == shown:
                 continue
             self._shown[group] = shown
-            term = self.core.status(group).term
             if shown[0]:
-                self._judge.leads(self.name, group, term)
-                self.tell(f"is leader of {group} in term {term}")
+                self._judge.leads(self.name, group, status.term)
+                self._invariants.elected(self.name, status, log)
+                self.tell(f"is leader of {group} in term {status.term}")
             else:
-                self.tell(f"follows {shown[1] or 'nobody'} in {group} in term {term}")
+                self.tell(f"follows {shown[1] or 'nobody'} in {group} in term {status.term}")
 
     # -- what the network calls --
 

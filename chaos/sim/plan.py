@@ -18,6 +18,7 @@ from agentmem_cluster.raft.api import GROUP_META, GroupSpec
 
 SECONDS_DEFAULT = 60.0
 SHARD_SHARE = 0.35  # of the worlds have shards of the real engine
+CORE_CLIENTS_SHARE = 0.4  # of the worlds are called through the client library's core
 # The second phase: everything is healed and the cluster must converge. A minute's world gives a
 # third of it, a short one still leaves time for elections, reconnection and catching up.
 CALM_SHARE = 0.3
@@ -47,6 +48,7 @@ class Fault(Enum):
     CLOCK_RATE = "clock at another rate"
     WALL_JUMP = "wall clock jump"
     TRANSFER = "leadership transfer"
+    CUT_LEADER = "a leader and less than half of its group cut off"
 
 
 # Virtual seconds between two faults of a kind, where a world has it: drawn log-uniformly.
@@ -65,6 +67,7 @@ FAULT_EVERY_S: dict[Fault, tuple[float, float]] = {
     Fault.CLOCK_RATE: (3.0, 30.0),
     Fault.WALL_JUMP: (5.0, 30.0),
     Fault.TRANSFER: (2.0, 20.0),
+    Fault.CUT_LEADER: (2.0, 20.0),
 }
 
 
@@ -84,6 +87,7 @@ class WorldPlan:
     loop_s: tuple[float, float]
     boot_s: tuple[float, float]
     clients: int
+    core_clients: bool  # the client library's core carries out their calls
     keys_per_group: int
     quiet_groups: bool  # all groups but the first are nearly idle
     think_s: tuple[float, float]
@@ -138,6 +142,7 @@ class WorldPlan:
             loop_s=chance.choice([(0.0, 0.0002), (0.0001, 0.002)]),
             boot_s=(0.02, chance.choice([0.2, 1.0])),
             clients=chance.randint(2, 5),
+            core_clients=stream(seed, "clients").random() < CORE_CLIENTS_SHARE,
             keys_per_group=chance.randint(1, 5),
             quiet_groups=chance.random() < 0.3,
             think_s=chance.choice([(0.0, 0.2), (0.05, 0.3), (0.1, 0.6)]),
@@ -153,9 +158,7 @@ class WorldPlan:
         )
 
 
-def _groups(
-    chance: random.Random, nodes: tuple[str, ...], engine: Engine
-) -> tuple[GroupSpec, ...]:
+def _groups(chance: random.Random, nodes: tuple[str, ...], engine: Engine) -> tuple[GroupSpec, ...]:
     """The first group has every node; others three of them, as shards of a larger cluster do."""
     groups = [GroupSpec(GROUP_META, 1, nodes, preferred=chance.choice([None, *nodes]))]
     shards = chance.choice([0, 0, 1, 2])

@@ -9,7 +9,7 @@ from agentmem_chaos.sim.clients import Seen
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.machine import Command
 from agentmem_chaos.sim.node import SimNode
-from agentmem_cluster.errors import AgentMemError, Unavailable
+from agentmem_cluster.errors import AgentMemError, Unavailable, WrongShard
 from agentmem_cluster.raft.api import Applied
 
 
@@ -34,6 +34,9 @@ class Serving:
             return
 
         def run() -> None:
+            if group not in node.groups:
+                answer(_wrong_shard(self.name, group), True)
+                return
             at_once = True
             encoded = node.encode(group, command)
 
@@ -56,6 +59,9 @@ class Serving:
             return
 
         def run() -> None:
+            if group not in node.groups:
+                answer(_wrong_shard(self.name, group))
+                return
             machine = node.machines[group]
             if not self._confirms_reads:
                 answer(Seen(machine.read(key), machine.applied_index))
@@ -75,3 +81,7 @@ class Serving:
             node.plan_turn()
 
         node.in_process(node.boot_number, run)
+
+
+def _wrong_shard(node: str, group: str) -> WrongShard:
+    return WrongShard(f"{group} is not on {node}", hint="Refresh the shard map.")

@@ -14,7 +14,7 @@ from agentmem_chaos.checker import GONE, Kind
 
 CLIENT_VALUES = 1_000_000  # values of a client, so that no two clients ever write the same one
 SUM_READ_CHANCE = 0.25
-DELETE_CHANCE = 0.15
+DELETE_CHANCE = 0.06
 BLIND_CHANCE = 0.3  # of the deletes that name no version
 
 

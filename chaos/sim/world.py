@@ -8,7 +8,9 @@ from pathlib import Path
 
 from agentmem_chaos.checker import Kind
 from agentmem_chaos.sim.audit import Auditor
-from agentmem_chaos.sim.clients import Call, Fate, PlainCaller, SimClient
+from agentmem_chaos.sim.clients import Call, Caller, Fate, PlainCaller, SimClient
+from agentmem_chaos.sim.core_caller import CoreCaller
+from agentmem_chaos.sim.invariants import Invariants
 from agentmem_chaos.sim.judge import Judge, Ledger
 from agentmem_chaos.sim.nemesis import Nemesis
 from agentmem_chaos.sim.net import SimNet
@@ -19,6 +21,7 @@ from agentmem_chaos.sim.result import WorldResult
 from agentmem_chaos.sim.schedule import Schedule, stream
 from agentmem_chaos.sim.serving import Serving
 from agentmem_chaos.sim.story import Story
+from agentmem_chaos.sim.web import Web
 from agentmem_cluster.raft.api import GroupSpec, Role
 
 # Of the second phase: when a write must have succeeded, and when clients stop.
@@ -35,6 +38,7 @@ class World:
         self.schedule = Schedule()
         self.story = Story(keep=story)
         self.judge = Judge(self.story, self.schedule)
+        self.invariants = Invariants(self.judge)
         self.nodes: dict[str, SimNode] = {}
         # Files of real engines: in memory where that is possible, since their syncs are simulated.
         in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
@@ -54,6 +58,7 @@ class World:
                 self.schedule,
                 self.net,
                 self.judge,
+                self.invariants,
                 self.story,
                 lambda: self.auditor,
                 self.folder / name,
@@ -72,6 +77,7 @@ class World:
             name: Serving(node, self.judge, self.auditor, confirms_reads=self.parts.confirms_reads)
             for name, node in self.nodes.items()
         }
+        self.web = Web(plan, self.nodes, self.servers, self.schedule)
         self.nemesis = Nemesis(plan, self.nodes, self.net, self.schedule, self.story)
         self.calls: list[Call] = []
         self.clients = [self._client(number) for number in range(plan.clients)]
@@ -79,7 +85,12 @@ class World:
 
     def _client(self, number: int) -> SimClient:
         chance = stream(self.plan.seed, f"client/{number}")
-        caller = PlainCaller(self.servers, self.schedule, chance)
+        caller: Caller
+        if self.plan.core_clients:
+            seeds = chance.sample(self.plan.nodes, chance.randint(1, len(self.plan.nodes)))
+            caller = CoreCaller(self.web, seeds, self.schedule, chance)
+        else:
+            caller = PlainCaller(self.servers, self.schedule, chance)
         return SimClient(number, caller, self.plan, self.schedule, chance, self.story, self.calls)
 
     def run(self) -> WorldResult:
