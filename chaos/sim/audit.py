@@ -24,9 +24,10 @@ COMMITTED_EVERY_S = 5.0
 VOTES_ALL = 10  # audited of a world's first votes, and of all later ones a part
 VOTES_SAMPLE = 0.1
 APPENDED_SAMPLE = 0.001
-# After a log shrank all is audited for a while: a flush that was under way then must not make
-# the entries durable that replaced those it wrote.
-APPENDED_AFTER_TRUNCATION = 4
+# The first acknowledgements of a term are audited, each that says more than the one before, and so
+# they are after a log shrank: a flush that was under way when a new leader truncated the log must
+# not make the entries durable that replaced those it wrote.
+APPENDED_OF_TERM = 4
 
 
 class Machine(Protocol):
@@ -55,7 +56,7 @@ class Auditor:
         self._now_s = now_s
         self._next_s = 0.0
         self._votes = 0
-        self._said: dict[tuple[str, str], int] = {}
+        self._said: dict[tuple[str, str], tuple[int, int]] = {}  # in which term, up to where
         self._closely: dict[tuple[str, str], int] = {}
         self.audits = 0
 
@@ -95,15 +96,18 @@ class Auditor:
                 if self._votes <= VOTES_ALL or self._chance.random() < VOTES_SAMPLE:
                     candidate = peer if kind == Kind.VOTE else machine.name
                     self._voted(machine, group, term, candidate)
-            elif kind == Kind.APPENDED and self._is_sampled(machine.name, group.id, frame[6]):
+            elif kind == Kind.APPENDED and self._is_sampled(machine.name, group.id, term, frame[6]):
                 self._has_entries(machine, group, term, frame[6])
 
-    def _is_sampled(self, name: str, group: str, index: int) -> bool:
+    def _is_sampled(self, name: str, group: str, term: int, index: int) -> bool:
         where = (name, group)
-        if index < self._said.get(where, 0):
-            self._closely[where] = APPENDED_AFTER_TRUNCATION
-        self._said[where] = index
-        if self._closely.get(where, 0) > 0:
+        said_term, said_index = self._said.get(where, (0, 0))
+        self._said[where] = (term, index)
+        says_more = index > said_index
+        if term != said_term or index < said_index:
+            self._closely[where] = APPENDED_OF_TERM
+            says_more = index > 0
+        if says_more and self._closely.get(where, 0) > 0:
             self._closely[where] -= 1
             return True
         return self._chance.random() < APPENDED_SAMPLE

@@ -57,7 +57,8 @@ class Call:
     ok: bool = False
     result: Hashable = None
     uncertain: bool = False  # some attempt may still take effect
-    order: float | None = None  # index of the entry, or just after the last one that was read
+    index: int = 0  # of the entry, or of the last one in the state that was read
+    order: float | None = None  # where it took effect: at the entry, or just after the last one
 
     def command(self) -> Command:
         return Command(
@@ -118,8 +119,16 @@ class Caller(Protocol):
     """How a client carries out a call, from the first attempt to its fate."""
 
     def begin(self, call: Call, group: GroupSpec, ended: Callable[[Fate], None]) -> None:
-        """`ended(fate)` once, after `call.ok`, `.result` and `.order` are set if it is answered."""
+        """`ended(fate)` once, after `call.ok`, `.result` and `.index` are set if it is answered."""
         ...
+
+
+class Witness(Protocol):
+    """Who watches what clients are shown."""
+
+    def seen(self, group: str) -> int: ...
+
+    def answered(self, call: Call, seen_before: int) -> None: ...
 
 
 class SimClient:
@@ -134,9 +143,11 @@ class SimClient:
         chance: random.Random,
         story: Story,
         calls: list[Call],
+        witness: Witness,
     ) -> None:
         self.number = number
         self._caller = caller
+        self._witness = witness
         self._plan = plan
         self._schedule = schedule
         self._chance = chance
@@ -194,14 +205,18 @@ class SimClient:
         if call.kind is not Kind.READ and self._plan.padding_bytes_max and chance.random() < 0.5:
             call.padding = bytes(chance.randrange(self._plan.padding_bytes_max))
         self._calls.append(call)
-        self._caller.begin(call, group, lambda fate: self._ended(call, fate))
+        seen = self._witness.seen(group.id)
+        self._caller.begin(call, group, lambda fate: self._ended(call, fate, seen))
         return call
 
-    def _ended(self, call: Call, fate: Fate) -> None:
+    def _ended(self, call: Call, fate: Fate, seen_before: int) -> None:
         call.fate = fate
         call.returned_s = self._schedule.now_s
         workload = self._workload[call.group]
         if fate is Fate.ANSWERED:
+            if call.kind is Kind.READ:
+                call.order = call.index + 0.5
+            self._witness.answered(call, seen_before)
             workload.learn(call.kind, call.key, call.value, call.ok, call.result)
         elif call.kind is not Kind.READ:
             workload.forget(call.key)
@@ -270,7 +285,7 @@ class PlainCaller:
                 again(hint, certain=certain)
                 return
             effect: Effect = outcome.result
-            call.ok, call.result = effect.ok, effect.value
+            call.ok, call.result, call.index = effect.ok, effect.value, outcome.index
             self._leader[group.id] = node
             ended(Fate.ANSWERED)
 
@@ -280,8 +295,7 @@ class PlainCaller:
             if isinstance(outcome, AgentMemError):
                 again(None, certain=True)
                 return
-            call.ok, call.result = True, outcome.value
-            call.order = outcome.applied_index + 0.5
+            call.ok, call.result, call.index = True, outcome.value, outcome.applied_index
             ended(Fate.ANSWERED)
 
         def send() -> None:

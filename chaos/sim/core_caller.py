@@ -110,15 +110,14 @@ class _Run:
     def _answered(self, answer: Answer) -> None:
         call = self._call
         call.ok, call.result = bool(answer.get("ok", True)), hashable(answer["value"])
-        if call.kind is Kind.READ:
-            call.order = answer["applied"] + 0.5
+        call.index = answer["index"]
         self._ended(Fate.ANSWERED)
 
     def _failed(self, step: Fail) -> None:
         error, call = step.error, self._call
         if isinstance(error, NotFound) and call.kind is Kind.READ:
             call.ok, call.result = True, None
-            call.order = error.details["applied"] + 0.5
+            call.index = error.details["index"]
             self._ended(Fate.ANSWERED)
         elif error.outcome_unknown:
             self._ended(Fate.UNKNOWN)

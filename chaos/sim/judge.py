@@ -8,6 +8,8 @@
 - an acknowledged write is there at the end, with the result that was answered;
 - a write that was refused is not there;
 - every history is linearizable (writes, cas, adds, reads on any replica);
+- no read is older than what was answered before it (`recency`);
+- a node's indexes are in order after every turn, and a leader has what is committed (`invariants`);
 - liveness: after healing, writes succeed, replicas meet, reads answer.
 """
 

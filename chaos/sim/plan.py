@@ -111,7 +111,12 @@ class WorldPlan:
 
     @classmethod
     def draw(
-        cls, seed: int, *, nodes: int | None = None, seconds: float | None = None
+        cls,
+        seed: int,
+        *,
+        nodes: int | None = None,
+        seconds: float | None = None,
+        engine: Engine | None = None,
     ) -> WorldPlan:
         seconds = SECONDS_DEFAULT if seconds is None else seconds
         if seconds < CALM_S_MIN + 1.0:
@@ -122,7 +127,9 @@ class WorldPlan:
         slow_net = chance.random() < 0.3
         sync_s = chance.choice([(0.0001, 0.001), (0.001, 0.01), (0.002, 0.06)])
         # A stream of its own: what was drawn before there were shards stays as it was.
-        engine = Engine.SHARD if stream(seed, "engine").random() < SHARD_SHARE else Engine.REGISTERS
+        if engine is None:
+            is_shard = stream(seed, "engine").random() < SHARD_SHARE
+            engine = Engine.SHARD if is_shard else Engine.REGISTERS
         return cls(
             seed=seed,
             seconds=seconds,
@@ -146,7 +153,7 @@ class WorldPlan:
             keys_per_group=chance.randint(1, 5),
             quiet_groups=chance.random() < 0.3,
             think_s=chance.choice([(0.0, 0.2), (0.05, 0.3), (0.1, 0.6)]),
-            padding_bytes_max=chance.choice([0, 0, 100, 10_000]),
+            padding_bytes_max=chance.choice([0, 0, 100, 10_000, 50_000]),
             segment_bytes=chance.choice([4 << 10, 16 << 10, 64 << 10, 1 << 20]),
             state_needs_room=chance.random() < 0.5,
             checkpoint_entries=chance.choice([20, 100, 1_000]),

@@ -9,6 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from agentmem_chaos.sim.plan import WorldPlan
@@ -54,20 +55,29 @@ def play(order: Order) -> Outcome:
     from agentmem_chaos.sim.world import World
 
     begun_s = time.process_time()
+    with quiet():
+        try:
+            plan = WorldPlan.draw(order.seed, nodes=order.nodes, seconds=order.seconds)
+            result = World(plan, story=order.story).run()
+        except Exception:
+            trace = traceback.format_exc()
+            result = WorldResult(order.seed, [f"the world itself failed:\n{trace}"])
+    return Outcome(order, result, time.process_time() - begun_s)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Around worlds: no log lines, no garbage collection."""
     log = logging.getLogger("agentmem_cluster")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)  # the story tells what nodes would log, in virtual time
     gc.disable()  # a world's objects live as long as it does: looking for garbage costs a tenth
     try:
-        plan = WorldPlan.draw(order.seed, nodes=order.nodes, seconds=order.seconds)
-        result = World(plan, story=order.story).run()
-    except Exception:
-        result = WorldResult(order.seed, [f"the world itself failed:\n{traceback.format_exc()}"])
+        yield
     finally:
         log.setLevel(level)
         gc.enable()
         gc.collect()
-    return Outcome(order, result, time.process_time() - begun_s)
 
 
 def play_all(orders: Sequence[Order], *, jobs: int) -> Iterator[Outcome]:

@@ -80,7 +80,7 @@ class Web:
             node.connections[number] = lambda: once(
                 lambda: failed(Failure.BROKEN, "connection reset"), RESET_S
             )
-            node.in_process(node.boot_number, lambda: self._serve(node, path, request.body, answer))
+            node.in_process(node.boot_number, lambda: self._serve(node, path, request, answer))
 
         self._schedule.after(chance.uniform(*DELAY_S), arrive)
 
@@ -101,13 +101,13 @@ class Web:
         self,
         node: SimNode,
         path: str,
-        body: bytes | None,
+        request: Send,
         answer: Callable[[int, Mapping[str, str], Any], None],
     ) -> None:
         if path == CLUSTER_PATH:
             answer(200, {}, self._view(node))
             return
-        asked = json.loads(body or b"")
+        asked = json.loads(request.body or b"")
         group, server = asked["group"], self._servers[node.name]
 
         def refuse(error: AgentMemError) -> None:
@@ -122,21 +122,23 @@ class Web:
             if isinstance(outcome, AgentMemError):
                 refuse(outcome)
             elif outcome.value is None or outcome.value is GONE:
-                gone = NotFound("Nothing is stored there.", applied=outcome.applied_index)
+                gone = NotFound("Nothing is stored there.", index=outcome.applied_index)
                 refuse(gone)
             else:
-                answer(200, {}, {"value": outcome.value, "applied": outcome.applied_index})
+                answer(200, {}, {"value": outcome.value, "index": outcome.applied_index})
 
         def written(outcome: Applied | AgentMemError, certain: bool) -> None:
             if isinstance(outcome, AgentMemError):
                 refuse(outcome)
             else:
-                answer(200, {}, {"ok": outcome.result.ok, "value": outcome.result.value})
+                effect = outcome.result
+                answer(200, {}, {"ok": effect.ok, "value": effect.value, "index": outcome.index})
 
         if asked["kind"] == Kind.READ.value:
             server.read(group, asked["key"], was_read)
         else:
-            server.propose(group, command_of(asked), written)
+            key = request.headers["Idempotency-Key"]
+            server.propose(group, command_of(asked, key), written)
 
     def _view(self, node: SimNode) -> dict[str, Any]:
         """`GET /cluster`: what this node believes."""
@@ -166,7 +168,6 @@ def body_of(group: str, command: Command) -> bytes:
     return json.dumps(
         {
             "group": group,
-            "request": command.request,
             "kind": command.kind,
             "key": command.key,
             "value": command.value,
@@ -176,9 +177,9 @@ def body_of(group: str, command: Command) -> bytes:
     ).encode()
 
 
-def command_of(asked: Mapping[str, Any]) -> Command:
+def command_of(asked: Mapping[str, Any], request: str) -> Command:
     return Command(
-        asked["request"],
+        request,
         asked["kind"],
         asked["key"],
         hashable(asked["value"]),

@@ -17,6 +17,7 @@ from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.node import SimNode
 from agentmem_chaos.sim.parts import Parts, open_journal
 from agentmem_chaos.sim.plan import WorldPlan
+from agentmem_chaos.sim.recency import Recency
 from agentmem_chaos.sim.result import WorldResult
 from agentmem_chaos.sim.schedule import Schedule, stream
 from agentmem_chaos.sim.serving import Serving
@@ -80,6 +81,7 @@ class World:
         self.web = Web(plan, self.nodes, self.servers, self.schedule)
         self.nemesis = Nemesis(plan, self.nodes, self.net, self.schedule, self.story)
         self.calls: list[Call] = []
+        self.recency = Recency(self.judge)
         self.clients = [self._client(number) for number in range(plan.clients)]
         self.left_behind = 0
 
@@ -91,7 +93,16 @@ class World:
             caller = CoreCaller(self.web, seeds, self.schedule, chance)
         else:
             caller = PlainCaller(self.servers, self.schedule, chance)
-        return SimClient(number, caller, self.plan, self.schedule, chance, self.story, self.calls)
+        return SimClient(
+            number,
+            caller,
+            self.plan,
+            self.schedule,
+            chance,
+            self.story,
+            self.calls,
+            self.recency,
+        )
 
     def run(self) -> WorldResult:
         """Play both phases; a violation ends the world where it is found. It can run once."""
