@@ -88,6 +88,40 @@ def sim(
     sys.exit(EXIT_VIOLATION if failed else 0)
 
 
+@main.command()
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
+@click.option("--only", default="", help="Plants whose protection or bug contains this text.")
+def prove(jobs: int, only: str) -> None:
+    """Take each protection away, in the simulator only, and count worlds until it is missed.
+
+    Exit code 1 means that the harness did not find one within its bound, or not by its rule.
+    """
+    from agentmem_chaos.sim.planted import PLANTS
+    from agentmem_chaos.sim.proving import find_all
+
+    chosen = [at for at, plant in enumerate(PLANTS) if only in f"{plant.protection} {plant.bug}"]
+    if not chosen:
+        raise click.UsageError(f"no plant is named {only!r}")
+    console = Console(highlight=False)
+    table = Table("protection", "what is planted", "worlds", "found by", "s", box=None)
+    missed = 0
+    for at, found in find_all(chosen, jobs=jobs):
+        plant = PLANTS[at]
+        by_rule = bool(found.rules & plant.rules)
+        missed += not by_rule
+        console.print(Text(f"{plant.bug}: {found.first or 'not found'}", style="dim"))
+        table.add_row(
+            plant.protection,
+            plant.bug,
+            f"{found.worlds} of {plant.worlds_max}",
+            Text(", ".join(sorted(found.rules)) or "nothing", style="" if by_rule else "red"),
+            f"{found.seconds:.1f}",
+        )
+    console.print(table)
+    console.print(f"{len(chosen) - missed} of {len(chosen)} found")
+    sys.exit(EXIT_VIOLATION if missed else 0)
+
+
 def printed_as_json(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
     """A line on stdout for each world as it ends, so that a long run can be watched."""
     for outcome in outcomes:
@@ -124,9 +158,13 @@ def summary(outcomes: list[Outcome]) -> Table:
     cpu_s = sum(outcome.cpu_s for outcome in outcomes)
     three, five = (sum(outcome.result.nodes == n for outcome in outcomes) for n in (3, 5))
     speed = virtual_s / max(cpu_s, 1e-9)
+    shards = sum(outcome.result.engine == "shard" for outcome in outcomes)
+    core = sum(outcome.result.core_clients for outcome in outcomes)
     rows = {
         "worlds": f"{len(outcomes)} ({three} of 3 nodes, {five} of 5)",
-        "virtual time": f"{virtual_s:,.0f} s ({speed:.0f} times real time on a core)",
+        "virtual time": f"{virtual_s / 3600:,.2f} hours ({speed:.0f} times real time on a core)",
+        "engines": f"{shards} with real shards, {core} called through the client library's core",
+        "operations": f"{sum(outcome.result.calls for outcome in outcomes):,}",
         "acknowledged writes": f"{sum(outcome.result.acknowledged for outcome in outcomes):,}",
         "linearizable reads": f"{sum(outcome.result.reads for outcome in outcomes):,}",
         "faults": f"{sum(outcome.result.faults for outcome in outcomes):,}",

@@ -35,6 +35,7 @@ class Machine(Protocol):
 
     name: str
     disk: SimDisk
+    journal: Journal | None
     stores: dict[str, ReplicaStore]
 
 
@@ -57,6 +58,7 @@ class Auditor:
         self._next_s = 0.0
         self._votes = 0
         self._said: dict[tuple[str, str], tuple[int, int]] = {}  # in which term, up to where
+        self._recovered: dict[str, tuple[int, Journal]] = {}  # of which version of the disk
         self._closely: dict[tuple[str, str], int] = {}
         self.audits = 0
 
@@ -123,7 +125,10 @@ class Auditor:
 
     def _has_entries(self, machine: Machine, group: GroupSpec, term: int, index: int) -> None:
         log = self._log(machine, group)
-        if log is None or log.term > term:
+        if log is None or machine.journal is None:
+            return
+        cached = machine.journal.group(group.id, group.epoch)
+        if max(log.term, cached.term) > term:
             return  # a later leader may have had them truncated since the frame was written
         if log.last_index < index:
             self._judge.accuse(
@@ -131,9 +136,20 @@ class Auditor:
                 f"{machine.name} said that it has {group.id}/{index}, and its disk ends "
                 f"at {log.last_index}",
             )
+        elif index >= max(log.first_index, cached.first_index) - 1:
+            ours, said = log.term_at(index), cached.term_at(index)
+            if ours != said:
+                self._judge.accuse(
+                    "durable rule",
+                    f"{machine.name} said that it has {group.id}/{index} of term {said}, and its "
+                    f"disk has one of term {ours} there",
+                )
 
     def _log(self, machine: Machine, group: GroupSpec) -> GroupLog | None:
         self.audits += 1
+        version, recovered = self._recovered.get(machine.name, (-1, None))
+        if recovered is not None and version == machine.disk.durable_version:
+            return recovered.group(group.id, group.epoch)  # nothing was synced since
         try:
             journal = self._recover(machine.disk.platter())
         except Exception as error:
@@ -142,4 +158,5 @@ class Auditor:
                 "recovery", f"after a power loss of {machine.name}: {error}\n{trace}"
             )
             return None
+        self._recovered[machine.name] = (machine.disk.durable_version, journal)
         return journal.group(group.id, group.epoch)

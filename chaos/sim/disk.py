@@ -91,6 +91,7 @@ class SimFile:
             raise
         self._disk.syncs += 1
         if self._disk.honours_sync and self._disk.syncs_at_once:
+            self._disk.durable_version += 1
             content.settle()
 
     def allocate(self, size_bytes: int) -> None:
@@ -125,6 +126,7 @@ class SimDisk:
         self.syncs_at_once = True  # False: a sync returns first and works when `settle` is called
         self.boot = 0
         self.syncs = 0
+        self.durable_version = 0  # counts changes of what is durable
         self.full = False
         self.fail_next_sync = False
         self._names: dict[str, _Content] = {}
@@ -202,6 +204,7 @@ class SimDisk:
         self.syncs += 1
         if not self.honours_sync:
             return
+        self.durable_version += 1
         # A journalling file system commits names in order: syncing one directory also
         # commits every earlier change of a name.
         last = max(
@@ -229,6 +232,7 @@ class SimDisk:
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
     def settle(self) -> None:
+        self.durable_version += 1
         for content in self._names.values():
             content.settle()
 
@@ -239,6 +243,7 @@ class SimDisk:
     def power_loss(self) -> None:
         """The machine dies: what was not synced survives in part, in any order, torn."""
         self.kill()
+        self.durable_version += 1
         chance = self._chance
         in_order = chance.random() < 0.4
         reached = chance.choice([0.0, 0.2, 0.5, 0.8, 1.0])

@@ -15,7 +15,7 @@ from agentmem_cluster.raft.api import GroupStatus
 
 
 class _Committed(NamedTuple):
-    index: int
+    at: int
     term: int  # of the entry
     by_term: int  # in which a node knew it to be committed
     node: str
@@ -57,18 +57,18 @@ class Invariants:
                 f"{first} has committed {status.id}/{index} of term {known}, {node} of term {term}",
             )
         latest = self._latest.get(status.id)
-        if latest is None or index > latest.index:
+        if latest is None or index > latest.at:
             self._latest[status.id] = _Committed(index, term, status.term, node)
 
     def elected(self, node: str, status: GroupStatus, log: GroupLog) -> None:
         """A leader has all that was committed before its term."""
         latest = self._latest.get(status.id)
-        if latest is None or latest.by_term >= status.term or latest.index < log.first_index - 1:
+        if latest is None or latest.by_term >= status.term or latest.at < log.first_index - 1:
             return
-        if latest.index > log.last_index or log.term_at(latest.index) != latest.term:
+        if latest.at > log.last_index or log.term_at(latest.at) != latest.term:
             self._judge.accuse(
                 "leader completeness",
-                f"{node} leads {status.id} in term {status.term} without {latest.index} of term "
+                f"{node} leads {status.id} in term {status.term} without {latest.at} of term "
                 f"{latest.term}, which {latest.node} committed in term {latest.by_term}",
             )
 

@@ -148,7 +148,7 @@ class WorldPlan:
             slowness=_slowness(chance, sync_s[1], len(names)),
             loop_s=chance.choice([(0.0, 0.0002), (0.0001, 0.002)]),
             boot_s=(0.02, chance.choice([0.2, 1.0])),
-            clients=chance.randint(2, 5),
+            clients=chance.randint(3, 7),
             core_clients=stream(seed, "clients").random() < CORE_CLIENTS_SHARE,
             keys_per_group=chance.randint(1, 5),
             quiet_groups=chance.random() < 0.3,

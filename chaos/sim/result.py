@@ -15,6 +15,8 @@ class WorldResult:
     violations: list[str]
     nodes: int = 0
     groups: int = 0
+    engine: str = ""
+    core_clients: bool = False
     seconds: float = 0.0  # virtual
     calls: int = 0
     acknowledged: int = 0

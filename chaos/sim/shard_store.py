@@ -151,8 +151,10 @@ class ShardStore:
         self._synced_size = (self._folder / DATA_NAME).stat().st_size
 
     def _image(self) -> bytes:
+        used = -1 if self._store is None else self._store.env.used_bytes
         with (self._folder / DATA_NAME).open("rb") as file:
-            return file.read().rstrip(b"\0")
+            data = file.read(used)
+        return data if used >= 0 else data.rstrip(b"\0")
 
 
 def mixture(images: list[bytes], chance: random.Random) -> bytes:

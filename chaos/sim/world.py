@@ -269,6 +269,8 @@ class World:
             seed=self.plan.seed,
             nodes=len(self.plan.nodes),
             groups=len(self.plan.groups),
+            engine=self.plan.engine.value,
+            core_clients=self.plan.core_clients,
             seconds=self.schedule.now_s,
             violations=[str(violation) for violation in self.judge.violations],
             calls=len(self.calls),
