@@ -21,6 +21,7 @@ from agentmem_cluster.raft.api import GroupSpec
 from agentmem_cluster.raft.frames import Kind
 
 COMMITTED_EVERY_S = 5.0
+COMMITTED_OF_TERM = 4  # the first of each term are audited whatever the time
 VOTES_ALL = 10  # audited of a world's first votes, and of all later ones a part
 VOTES_SAMPLE = 0.1
 APPENDED_SAMPLE = 0.001
@@ -57,6 +58,7 @@ class Auditor:
         self._now_s = now_s
         self._next_s = 0.0
         self._votes = 0
+        self._committed_of: dict[str, tuple[int, int]] = {}  # in which term, how many audited
         self._said: dict[tuple[str, str], tuple[int, int]] = {}  # in which term, up to where
         self._recovered: dict[str, tuple[int, Journal]] = {}  # of which version of the disk
         self._closely: dict[tuple[str, str], int] = {}
@@ -68,7 +70,12 @@ class Auditor:
         pysyncobj lets a leader count itself for what it has not synced: then this is where an
         entry that one disk holds is applied by a follower, long before anything is lost.
         """
-        if self._now_s() < self._next_s:
+        known_term, audited = self._committed_of.get(group.id, (0, 0))
+        if term > known_term:
+            audited = 0
+        if audited < COMMITTED_OF_TERM and term >= known_term:
+            self._committed_of[group.id] = (term, audited + 1)
+        elif self._now_s() < self._next_s:
             return
         self._next_s = self._now_s() + self._chance.expovariate(1 / COMMITTED_EVERY_S)
         holders = []

@@ -167,15 +167,6 @@ def _obeying_old_leaders() -> Iterator[None]:
         yield
 
 
-def _believing_old_answers() -> AbstractContextManager[Any]:
-    def is_answer_to_me(voice: Voice, frame: list[Any]) -> bool:
-        if frame[4] > voice.member.term:
-            voice.member.observe_term(frame[4])
-        return True
-
-    return patch.object(Voice, "is_answer_to_me", is_answer_to_me)
-
-
 @contextmanager
 def _two_are_a_majority() -> Iterator[None]:
     begin = ReadIndex.__init__
@@ -355,15 +346,17 @@ PLANTS: tuple[Plant, ...] = (
         "a truncation forgets that a flush is under way",
         _rules("durable rule"),
         Worlds(
-            {Fault.CUT_LEADER: 2.0},
-            slowness=(150.0, 1.0, 1.0, 1.0, 1.0),
+            {Fault.CUT_LEADER: 1.5},
+            slowness=(50.0, 50.0, 1.0, 1.0, 1.0),
+            delay_s=(0.02, 0.2),
             nodes=5,
             groups_max=1,
-            break_after_s=(2.0, 3.0),
+            break_after_s=(4.0, 6.0),
             fields={
-                "sync_s": (0.002, 0.01),
+                "sync_s": (0.004, 0.01),
                 "append_bytes_max": 1 << 20,
                 "inflight_appends_max": 256,
+                "think_s": (0.0, 0.05),
             },
         ),
         planted=lambda: patch.object(Journal, "truncated", lambda self, group: None),
@@ -389,21 +382,6 @@ PLANTS: tuple[Plant, ...] = (
         SAFETY | DURABLE | _rules("no stop without cause", "linearizability"),
         Worlds(DEPOSED),
         planted=_obeying_old_leaders,
-    ),
-    Plant(
-        "term stamps",
-        "answers of another term or boot are believed",
-        SAFETY | DURABLE | _rules("linearizability"),
-        Worlds(
-            {Fault.CUT_LEADER: 1.5, Fault.TRANSFER: 2.0, Fault.PARTITION_ONE_WAY: 2.0},
-            nodes=5,
-            groups_max=1,
-            slowness=(60.0, 60.0, 1.0, 1.0, 1.0),
-            break_after_s=(4.0, 6.0),
-            delay_s=(0.0002, 0.05),
-        ),
-        planted=_believing_old_answers,
-        worlds_max=30,
     ),
     Plant(
         "one vote a term",
