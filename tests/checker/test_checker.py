@@ -11,6 +11,7 @@ from collections.abc import Hashable
 import pytest
 
 from agentmem_chaos.checker import (
+    GONE,
     UNKNOWN_RETURN,
     Kind,
     Operation,
@@ -32,6 +33,12 @@ def cas(
     invoked: float, returned: float, expected: Hashable, value: Hashable, took_effect: bool
 ) -> Operation:
     return Operation(0, "k", invoked, returned, Kind.CAS, value, expected, took_effect)
+
+
+def delete(
+    invoked: float, returned: float, expected: Hashable, took_effect: bool | None = None
+) -> Operation:
+    return Operation(0, "k", invoked, returned, Kind.DELETE, None, expected, took_effect)
 
 
 def add(invoked: float, returned: float, amount: int, total: int | None = None) -> Operation:
@@ -65,10 +72,31 @@ LEGAL = {
     "an_add_to_nothing": [add(0, 1, 5, 5), read(2, 3, 5)],
     "a_lost_add_that_took_effect": [add(0, LOST, 1), add(2, 3, 2, 3), read(4, 5, 3)],
     "a_lost_add_that_did_not": [add(0, LOST, 1), add(2, 3, 2, 2), read(4, 5, 2)],
+    "a_memory_made_changed_and_deleted": [
+        cas(0, 1, None, (1, "tea"), True),
+        cas(2, 3, (1, "tea"), (2, "coffee"), True),
+        delete(4, 5, (1, "tea"), False),
+        delete(6, 7, (2, "coffee"), True),
+        read(8, 9, None),
+        read(8, 9, GONE),
+    ],
+    "a_blind_delete_of_whatever_is_there": [write(0, 1, 1), delete(2, 3, None, True)],
+    "a_delete_of_nothing": [delete(0, 1, None, False), write(2, 3, 1), read(4, 5, 1)],
+    "a_lost_delete_that_took_effect": [write(0, 1, 1), delete(2, LOST, 1), read(4, 5, None)],
+    "a_lost_delete_that_did_not": [write(0, 1, 1), delete(2, LOST, 1), read(4, 5, 1)],
     "a_failed_cas_on_another_value": [write(0, 1, 1), cas(2, 3, 9, 5, False), read(4, 5, 1)],
 }
 
 ILLEGAL = {
+    "a_deleted_memory_that_is_read": [write(0, 1, 1), delete(2, 3, 1, True), read(4, 5, 1)],
+    "a_deleted_memory_that_is_made_again": [
+        cas(0, 1, None, 1, True),
+        delete(2, 3, None, True),
+        cas(4, 5, None, 2, True),
+    ],
+    "a_delete_of_another_version": [write(0, 1, 1), write(2, 3, 2), delete(4, 5, 1, True)],
+    "a_delete_that_failed_without_a_reason": [write(0, 1, 1), delete(2, 3, 1, False)],
+    "a_memory_deleted_twice": [write(0, 1, 1), delete(2, 5, None, True), delete(2, 5, None, True)],
     "a_stale_read": [write(0, 1, 1), write(2, 3, 2), read(4, 5, 1)],
     "a_read_from_the_future": [read(0, 1, 1), write(2, 3, 1)],
     "a_value_nobody_wrote": [write(0, 1, 1), read(2, 3, 7)],

@@ -25,7 +25,8 @@ def trace_of(seed: int, hash_seed: str) -> str:
     return str(json.loads(done.stdout)["trace_hash"])
 
 
-@pytest.mark.parametrize("seed", [3, 4])
+# Of registers and of real shards, with plain clients and with the client library's core.
+@pytest.mark.parametrize("seed", [3, 4, 6, 10])
 def test_the_same_seed_gives_the_same_bytes_in_two_processes_that_hash_differently(
     seed: int,
 ) -> None:
@@ -37,6 +38,14 @@ def test_a_world_does_not_depend_on_the_worlds_before_it() -> None:
     play(Order(6, seconds=20.0))
     again = play(Order(5, seconds=20.0)).result
     assert again == alone
+
+
+def test_a_world_on_real_files_does_not_depend_on_where_they_are() -> None:
+    first = play(Order(6, seconds=20.0, story=True)).result
+    second = play(Order(6, seconds=20.0, story=True)).result
+    assert first.engine == "shard"
+    assert [str(line) for line in first.lines] == [str(line) for line in second.lines]
+    assert first == second
 
 
 def test_another_seed_gives_another_world() -> None:

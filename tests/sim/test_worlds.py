@@ -36,7 +36,8 @@ def test_two_hundred_worlds_with_faults_violate_nothing(
     results = [outcome.result for outcome in outcomes]
     with capsys.disabled():
         print(
-            f"{sum(r.seconds for r in results):,.0f} virtual s in {took_s:.0f} s: "
+            f"{sum(r.seconds for r in results) / 3600:,.2f} virtual hours in {took_s:.0f} s: "
+            f"{sum(r.calls for r in results):,} operations, "
             f"{sum(r.acknowledged for r in results):,} writes acknowledged, "
             f"{sum(r.reads for r in results):,} linearizable reads, "
             f"{sum(r.faults for r in results):,} faults, "
@@ -44,6 +45,8 @@ def test_two_hundred_worlds_with_faults_violate_nothing(
         )
     assert len(results) == WORLDS
     assert {r.nodes for r in results} == {3, 5}
+    kinds = {(r.engine, r.core_clients) for r in results}
+    assert kinds == {(e, c) for e in ("registers", "shard") for c in (False, True)}
     assert all(r.seconds >= 60.0 for r in results)
     # A harness that does nothing finds nothing: these worlds must have been busy ones.
     assert sum(r.acknowledged for r in results) > 100 * WORLDS
