@@ -20,9 +20,11 @@ SECONDS_DEFAULT = 60.0
 SHARD_SHARE = 0.35  # of the worlds have shards of the real engine
 CORE_CLIENTS_SHARE = 0.4  # of the worlds are called through the client library's core
 # The second phase: everything is healed and the cluster must converge. A minute's world gives a
-# third of it, a short one still leaves time for elections, reconnection and catching up.
+# third of it, a short one still leaves time for elections, reconnection and catching up; and no
+# world has longer than half a minute to meet and to have answered everything.
 CALM_SHARE = 0.3
 CALM_S_MIN = 14.0
+CALM_S_MAX = 30.0
 SYNC_S_MAX = 0.15  # of the slowest disk: a replica must be able to catch up in the second phase
 
 
@@ -107,7 +109,7 @@ class WorldPlan:
     @property
     def calm_at_s(self) -> float:
         """When faults end and the second phase begins."""
-        return self.seconds - max(CALM_S_MIN, self.seconds * CALM_SHARE)
+        return self.seconds - min(CALM_S_MAX, max(CALM_S_MIN, self.seconds * CALM_SHARE))
 
     @classmethod
     def draw(

@@ -109,9 +109,12 @@ class World:
         try:
             return self._run()
         finally:
-            for node in self.nodes.values():
-                node.close()
-            shutil.rmtree(self.folder)
+            self.close()
+
+    def close(self) -> None:
+        for node in self.nodes.values():
+            node.close()
+        shutil.rmtree(self.folder)
 
     def _run(self) -> WorldResult:
         self._tell_plan()
