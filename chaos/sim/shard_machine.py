@@ -25,6 +25,7 @@ from agentmem_node.model.commands import (
     Add,
     Delete,
     Op,
+    Rejected,
     Update,
     Write,
     WriteResult,
@@ -168,8 +169,10 @@ def request_of(command: bytes) -> str:
 
 def describe(command: bytes) -> str:
     write = decode(command)
-    if not isinstance(write, Write):
+    if isinstance(write, Rejected):
         return f"{len(command)} bytes that are no command ({write.reason})"
+    if not isinstance(write, Write):
+        return str(write)  # the seal of an epoch, or the beginning of the next
     ops = ", ".join(f"{type(op).__name__} {op.id.hex()[:8]}" for op in write.ops)
     return f"{request_of(command)} ({ops})"
 

@@ -19,13 +19,14 @@ from agentmem_chaos.sim.node import SimNode
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.serving import Serving
-from agentmem_client.core import Failure, Send
+from agentmem_client.instructions import Failure, Send
 from agentmem_cluster.errors import AgentMemError, NotFound
 from agentmem_cluster.raft.api import Applied
 from agentmem_cluster.ring import SLOTS, slot_of
 
 TENANT = "acme"
 CLUSTER_PATH = "/api/v1/cluster"
+READY_PATH = "/health/ready"
 ASK_PATH = "/sim/"
 DELAY_S = (0.0001, 0.002)
 RESET_S = 0.001
@@ -106,6 +107,9 @@ class Web:
     ) -> None:
         if path == CLUSTER_PATH:
             answer(200, {}, self._view(node))
+            return
+        if path == READY_PATH:
+            answer(200, {}, {})
             return
         asked = json.loads(request.body or b"")
         group, server = asked["group"], self._servers[node.name]

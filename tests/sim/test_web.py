@@ -16,7 +16,7 @@ from agentmem_chaos.sim.machine import Command
 from agentmem_chaos.sim.planted import Worlds
 from agentmem_chaos.sim.web import CLUSTER_PATH, body_of, command_of, url_of
 from agentmem_chaos.sim.world import World
-from agentmem_client.core import Failure, Send
+from agentmem_client.instructions import Failure, Send
 from agentmem_client.topology import Topology
 
 Outcome = tuple[int, Any] | Failure
@@ -41,7 +41,7 @@ def ask(
     def answered(status: int, _: Mapping[str, str], data: bytes) -> None:
         outcomes.append((status, json.loads(data)))
 
-    request = Send("PATCH", url_of(node) + path, headers, body, 1.0)
+    request = Send(1, "PATCH", url_of(node) + path, headers, body, 1.0, 1.0)
     world.web.send(request, random.Random(1), answered, lambda why, _: outcomes.append(why))
     return outcomes
 
@@ -120,6 +120,33 @@ def test_the_core_finds_the_leader_from_any_seed_and_its_write_is_there(world: W
         assert fates == [Fate.ANSWERED]
         assert call.ok and call.index > 0
         assert world.nodes[leader_of(world)].machines["meta"].outcome(f"c0-{number}") is not None
+
+
+def test_a_read_of_a_node_that_stands_still_is_answered_by_another_and_the_first_is_probed(
+    world: World,
+) -> None:
+    caller = CoreCaller(world.web, list(world.nodes), world.schedule, random.Random(1))
+
+    def read() -> float:
+        """How long one takes, in virtual seconds."""
+        ended: list[float] = []
+        call = Call(0, "meta", "k0", Kind.READ, "", world.schedule.now_s)
+        begun_s = world.schedule.now_s
+        caller.begin(call, world.plan.groups[0], lambda _: ended.append(world.schedule.now_s))
+        wait(world, POLICY.deadline_s)
+        assert call.ok
+        return ended[0] - begun_s
+
+    read()  # so that the map is known, and whom it names is asked first
+    leader = world.nodes[leader_of(world)]
+    leader.pause()
+    # An election later, and not only when the first attempt has had its time.
+    assert read() < POLICY.deadline_s * POLICY.attempt_share_max / 2
+    assert caller.router.is_ill(url_of(leader.name))
+    leader.resume()
+    for _ in range(2):  # a probe goes beside the first, and its answer is known by the second
+        read()
+    assert not caller.router.is_ill(url_of(leader.name))
 
 
 def test_a_call_to_nobody_is_refused_in_time(world: World) -> None:
