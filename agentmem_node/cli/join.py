@@ -104,13 +104,19 @@ class JoinOptions:
 
 
 def joined_config(config: Config) -> Path | None:
-    """The node.toml that joining left in the data directory, if this node has joined."""
+    """The node.toml that joining left in the data directory, if this node has joined.
+
+    Raises CommandFailed when there is one that cannot be read.
+    """
     path = Path(config.node.data_dir) / "node.toml"
     if not path.exists():
         return None  # nearly always, and without the imports that joining needs
-    from agentmem_node.service.join_client import has_joined
+    from agentmem_node.service.join_client import JoinFailed, has_joined
 
-    return path if has_joined(path.parent) else None
+    try:
+        return path if has_joined(path.parent) else None
+    except JoinFailed as error:
+        raise CommandFailed(str(error), Exit.USAGE) from error
 
 
 def join_first(options: JoinOptions, config_path: str | None, overrides: Mapping[str, Any]) -> Path:
@@ -130,7 +136,7 @@ def join_first(options: JoinOptions, config_path: str | None, overrides: Mapping
         if has_joined(data):
             click.echo(f"{data} has joined already: the token is not used")
             return data / "node.toml"
-        if not options.at:
+        if options.at is None or not options.at.strip(" ,"):
             raise click.UsageError("--join needs --at: the URL of a node of the cluster.")
         if "node.id" not in settings.sources:
             raise click.UsageError("--join needs --id: a name that no node of the cluster has.")
@@ -138,6 +144,7 @@ def join_first(options: JoinOptions, config_path: str | None, overrides: Mapping
             raise click.UsageError("--join needs --peer-listen: HOST:PORT for the other nodes.")
         if settings.config.cluster.nodes:
             raise click.UsageError("cluster.nodes is set: a node that joins is told of the others.")
+        urls = seed_urls(options.at)
         check_startup(settings.config, has_certificates=True)
         chosen = {
             name: msgspec.to_builtins(settings.explain(name).value)
@@ -153,15 +160,13 @@ def join_first(options: JoinOptions, config_path: str | None, overrides: Mapping
             version=Status.VERSION,
             settings=chosen,
         )
-        written = join(newcomer, JoinToken.parse(options.token), seed_urls(options.at), say=_say)
+        written = join(newcomer, JoinToken.parse(options.token), urls, say=_say)
     except BadToken as error:
         raise CommandFailed(str(error), Exit.USAGE) from error
     except ConfigError as error:
         raise CommandFailed(str(error), Exit.USAGE) from error
     except JoinFailed as error:
         raise CommandFailed(str(error)) from error
-    except ValueError as error:
-        raise click.UsageError(f"--at: {error}") from error
     click.echo(f"node {node.id} has joined; its settings are in {written}")
     return written
 

@@ -153,7 +153,13 @@ def _join(
             "The answer does not come from the cluster that made this token, or was changed on "
             "the way: nothing was taken from it. Is --at the cluster's own address?"
         )
-    return _settle(newcomer, wish, msgspec.json.decode(answer.payload, type=Welcome))
+    try:
+        welcome = msgspec.json.decode(answer.payload, type=Welcome)
+    except ValueError as error:
+        raise JoinFailed(
+            f"The cluster's answer is of a version that this one cannot read: {error}."
+        ) from error
+    return _settle(newcomer, wish, welcome)
 
 
 def _fresh_record(data: Path, rng: RealRng) -> LocalRecord:
