@@ -16,6 +16,7 @@ _RETRYABLE_CODES = frozenset(
         "unavailable",
         "not_leader",
         "wrong_shard",
+        "map_moved",
         "no_quorum",
         "shutting_down",
         "deadline_exceeded",

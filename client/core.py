@@ -56,7 +56,7 @@ from agentmem_client.topology import Topology
 
 T = TypeVar("T")
 
-_MAP_IS_STALE_CODES = frozenset({"not_leader", "wrong_shard"})
+_MAP_IS_STALE_CODES = frozenset({"not_leader", "wrong_shard", "map_moved"})
 # These nodes answer, but cannot serve for a while: another is asked at once.
 _NODE_IS_ILL_CODES = frozenset({"shutting_down", "no_quorum", "unavailable"})
 _MAP_S_MAX = 2.0

@@ -17,6 +17,7 @@
     |   |-- Unavailable             503
     |   |   |-- NotLeader           503
     |   |   |-- WrongShard          503
+    |   |   |-- MapMoved            503
     |   |   |-- NoQuorum            503
     |   |   |-- DiskFull            503
     |   |   |-- ModelUnavailable    503
@@ -125,6 +126,10 @@ class NotLeader(Unavailable):
 
 class WrongShard(Unavailable):
     code = "wrong_shard"
+
+
+class MapMoved(Unavailable):
+    code = "map_moved"
 
 
 class NoQuorum(Unavailable):

@@ -204,6 +204,7 @@ _MEANINGS = {
     "unavailable": "this node cannot answer now",
     "not_leader": "the shard's leader changes; retry",
     "wrong_shard": "the shard map changed; fetch it again",
+    "map_moved": "shards were cut or moved while the request was under way; send it again",
     "no_quorum": "too few replicas can be reached; nothing is guessed",
     "disk_full": "writes are refused for want of disk; reads go on",
     "model_unavailable": "there is no embedding model",

@@ -16,6 +16,7 @@ from agentmem_cluster.errors import (
     Forbidden,
     InternalError,
     InvalidField,
+    MapMoved,
     NoQuorum,
     NotLeader,
     Overloaded,
@@ -38,7 +39,15 @@ Errors = tuple[type[AgentMemError], ...]
 BASE = "/api/v1"
 # What every route but the open ones can answer.
 COMMON: Errors = (Unauthorized, Forbidden, Overloaded, ShuttingDown, InternalError)
-READ: Errors = (InvalidField, NoQuorum, NotLeader, WrongShard, Unavailable, DeadlineExceeded)
+READ: Errors = (
+    InvalidField,
+    NoQuorum,
+    NotLeader,
+    WrongShard,
+    MapMoved,
+    Unavailable,
+    DeadlineExceeded,
+)
 WRITE: Errors = (BadRequest, TooLarge, DiskFull, *READ)
 
 
