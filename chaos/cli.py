@@ -1,4 +1,4 @@
-"""agentmem-chaos: play simulated worlds, or one again with its story."""
+"""agentmem-chaos: simulated worlds (`sim`), and faults that strike real nodes (`run`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from agentmem_chaos.commands import list_, run
+from agentmem_chaos.commands import report as report_command
 from agentmem_chaos.sim.plan import CALM_S_MIN, SECONDS_DEFAULT
 from agentmem_chaos.sim.runner import Order, Outcome, play, play_all, rotating_seed, seeds
 from agentmem_chaos.sim.story import Line
@@ -25,6 +27,11 @@ EXIT_VIOLATION = 1
 @click.version_option(package_name="agentmem-cluster")
 def main() -> None:
     """Break AgentMem on purpose, in ways that can be repeated."""
+
+
+main.add_command(run)
+main.add_command(list_)
+main.add_command(report_command)
 
 
 @main.command()

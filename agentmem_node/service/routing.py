@@ -34,8 +34,9 @@ from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
 from agentmem_node.model.search import SearchQuery
 
-# Long enough for two elections (timeouts are 0.5 to 1.0 s), short enough that a minority says no.
-_LEADER_WAIT_S_MAX = 2.5
+# Long enough for most pairs of elections (timeouts are 0.5 to 1.0 s), short enough that a minority
+# has said no within 2 s.
+_LEADER_WAIT_S_MAX = 1.75
 _LEADER_POLL_S = 0.02
 # A leader that stopped answers nothing, and its link is given up only after a while; its successor
 # may be known before. Looked at from the first time on, and again, while a leader is waited for.

@@ -1,0 +1,1 @@
+"""Faults: each strikes, holds for a while, and is undone whatever happened in between."""

@@ -1,0 +1,54 @@
+"""The nemeses by name."""
+
+from __future__ import annotations
+
+from agentmem_chaos.nemeses.base import Nemesis
+from agentmem_chaos.nemeses.machine import ClockJump, FsyncErrors, FullDisk, WriteErrors
+from agentmem_chaos.nemeses.network import (
+    Flapping,
+    PartitionMajority,
+    PartitionOne,
+    PartitionOneWay,
+    PartitionRing,
+)
+from agentmem_chaos.nemeses.processes import (
+    KillAll,
+    KillFollower,
+    KillLeader,
+    KillMajority,
+    Pause,
+    RollingRestart,
+)
+from agentmem_chaos.nemeses.slow import (
+    Bandwidth,
+    CutAfterSend,
+    Latency,
+    PeerCutAfterSend,
+    ResetPeers,
+)
+
+NEMESES: dict[str, type[Nemesis]] = {
+    kind.name: kind
+    for kind in (
+        KillLeader,
+        KillFollower,
+        KillMajority,
+        KillAll,
+        Pause,
+        RollingRestart,
+        PartitionOne,
+        PartitionMajority,
+        PartitionRing,
+        PartitionOneWay,
+        Flapping,
+        Latency,
+        Bandwidth,
+        CutAfterSend,
+        PeerCutAfterSend,
+        ResetPeers,
+        ClockJump,
+        FsyncErrors,
+        WriteErrors,
+        FullDisk,
+    )
+}

@@ -1,0 +1,91 @@
+"""Figures of a run: how many operations, how fast, and how long until the next write."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agentmem_chaos.runs.strikes import Struck
+from agentmem_chaos.workloads.history import Op, Outcome
+from agentmem_client import Topology
+
+WRITES = frozenset({"add", "create", "write", "cas", "delete", "tick", "again"})
+
+
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """The smallest value that at least this share of them do not exceed."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    at = max(0, min(len(ordered) - 1, -(-int(share * 1_000) * len(ordered) // 1_000) - 1))
+    return ordered[at]
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int | None]:
+    rounded = [round(value, 4) for value in values]
+    return {
+        "count": len(rounded),
+        "p50": percentile(rounded, 0.50),
+        "p99": percentile(rounded, 0.99),
+        "max": max(rounded, default=None),
+    }
+
+
+def shard_of(topology: Topology | None, owner: str) -> str | None:
+    if topology is None:
+        return None
+    shard = topology.shard_of_owner(f"user:{owner}")
+    return None if shard is None else shard.id
+
+
+def next_writes_s(
+    struck: Sequence[Struck], ops: Sequence[Op], topology: Topology | None
+) -> list[float]:
+    """For each fault and each shard that a victim led: the seconds from the strike to the first
+    acknowledgement of a write that was begun after it."""
+    acknowledged: dict[str, list[Op]] = {}
+    for op in ops:
+        if op.is_ok and op.kind in WRITES:
+            shard = shard_of(topology, op.owner)
+            if shard is not None:
+                acknowledged.setdefault(shard, []).append(op)
+    found = []
+    for fault in struck:
+        for shard in fault.led:
+            times = [
+                op.returned_s - fault.at_s
+                for op in acknowledged.get(shard, ())
+                if op.invoked_s >= fault.at_s
+            ]
+            if times:
+                found.append(min(times))
+    return found
+
+
+def silences_s(ops: Sequence[Op]) -> float:
+    """The longest time between two acknowledged writes, of whatever client and shard."""
+    times = sorted(op.returned_s for op in ops if op.is_ok and op.kind in WRITES)
+    return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+
+
+def figures(
+    ops: Sequence[Op], struck: Sequence[Struck], view: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    topology = None if view is None else Topology.read(view)
+    outcomes = Counter(op.outcome for op in ops)
+    of_one_leader = [fault for fault in struck if fault.nemesis in ("kill-leader", "pause-leader")]
+    return {
+        "operations": len(ops),
+        "ok": outcomes[Outcome.OK],
+        "failed": outcomes[Outcome.FAILED],
+        "unknown": outcomes[Outcome.UNKNOWN],
+        "by_kind": dict(Counter(op.kind for op in ops)),
+        "error_codes": dict(Counter(op.code for op in ops if op.code)),
+        "faults": len(struck),
+        "latency_s": spread([op.returned_s - op.invoked_s for op in ops if op.is_ok]),
+        "lost_leader_to_next_write_s": spread(next_writes_s(of_one_leader, ops, topology)),
+        "healed_to_ready_s": spread([f.ready_s for f in struck if f.ready_s is not None]),
+        "longest_without_a_write_s": round(silences_s(ops), 3),
+    }

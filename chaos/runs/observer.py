@@ -1,0 +1,87 @@
+"""Asks every node several times a second how it sees the cluster; keeps what changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from agentmem_chaos.hosts.base import Hosts
+
+POLL_S = 0.2
+ASK_S_MAX = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderChange:
+    at_s: float
+    shard: str
+    term: int
+    leader: str | None
+
+
+async def ask_view(
+    session: aiohttp.ClientSession, hosts: Hosts, node: str, seconds: float = ASK_S_MAX
+) -> dict[str, Any] | None:
+    """`GET /cluster` of one node; None when it does not answer with one in time."""
+    headers = {"Authorization": f"Bearer {hosts.api_key}"}
+    try:
+        async with (
+            asyncio.timeout(seconds),
+            session.get(f"{hosts.url(node)}/api/v1/cluster", headers=headers) as answer,
+        ):
+            if answer.status != 200:
+                return None
+            view: dict[str, Any] = await answer.json()
+            return view
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        return None
+
+
+@dataclass(slots=True)
+class Observer:
+    hosts: Hosts
+    now_s: Callable[[], float]
+    changes: list[LeaderChange] = field(default_factory=list)
+    views: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _leaders: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with aiohttp.ClientSession() as session:
+            while True:
+                asked = (ask_view(session, self.hosts, node) for node in self.hosts.nodes)
+                answers = await asyncio.gather(*asked)
+                fresh = {
+                    node: view
+                    for node, view in zip(self.hosts.nodes, answers, strict=True)
+                    if view is not None
+                }
+                self.views |= fresh
+                self._note(fresh)
+                await asyncio.sleep(POLL_S)
+
+    def _note(self, fresh: Mapping[str, Mapping[str, Any]]) -> None:
+        best: dict[str, tuple[int, str]] = {}
+        for view in fresh.values():
+            for shard, told in view["shards"].items():
+                if told.get("leader") and "term" in told:
+                    claim = (int(told["term"]), str(told["leader"]))
+                    best[shard] = max(best.get(shard, claim), claim)
+        for shard, (term, leader) in sorted(best.items()):
+            known = self._leaders.get(shard)
+            # A view that was asked before it heard of the new term says nothing new.
+            if known is None or (term >= known[0] and (term, leader) != known):
+                self._leaders[shard] = (term, leader)
+                self.changes.append(LeaderChange(round(self.now_s(), 3), shard, term, leader))
+
+    def leaders(self) -> dict[str, str]:
+        return {shard: leader for shard, (_, leader) in self._leaders.items()}
+
+    def members(self) -> dict[str, tuple[str, ...]]:
+        for view in self.views.values():
+            return {shard: tuple(told["members"]) for shard, told in view["shards"].items()}
+        return {}

@@ -1,0 +1,41 @@
+"""Waiting for nodes, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import aiohttp
+
+from agentmem_chaos.errors import ChaosError
+from agentmem_chaos.hosts.base import Hosts
+
+PROBE_S_MAX = 1.0
+_POLL_S = 0.05
+
+
+async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with asyncio.timeout(PROBE_S_MAX), session.get(f"{url}/health/ready") as answer:
+            await answer.read()
+            return answer.status == 200
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return False
+
+
+async def wait_ready(hosts: Hosts, nodes: Sequence[str], seconds: float) -> float:
+    """The seconds until all of them were ready at once. Raises ChaosError with the log's end."""
+    began = time.monotonic()
+    async with aiohttp.ClientSession() as session:
+        while True:
+            ready = await asyncio.gather(*(is_ready(session, hosts.url(node)) for node in nodes))
+            took_s = time.monotonic() - began
+            if all(ready):
+                return took_s
+            late = next(n for n, is_up in zip(nodes, ready, strict=True) if not is_up)
+            ended = not hosts.is_running(late)
+            if ended or took_s > seconds:
+                what = "ended" if ended else f"was not ready within {seconds:g} s"
+                raise ChaosError(f"Node {late} {what}. Its log ends:\n{hosts.log_tail(late)}")
+            await asyncio.sleep(_POLL_S)

@@ -1,0 +1,1 @@
+"""What clients do while faults strike, and what they remember of it."""
