@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agentmem_chaos.hosts.base import Hosts
 from agentmem_chaos.hosts.loopback import LoopbackHosts
+from agentmem_chaos.hosts.namespaces import NamespaceHosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,9 @@ class HostsKind:
 HOSTS: dict[str, HostsKind] = {
     "loopback": HostsKind(
         "processes on 127.0.0.1, every connection through a proxy; needs no rights", LoopbackHosts
+    ),
+    "namespaces": HostsKind(
+        "processes in network namespaces, cut apart by iptables; needs root", NamespaceHosts
     ),
 }
 
