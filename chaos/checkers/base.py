@@ -73,22 +73,35 @@ class Crash:
     log_tail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What became of a damaged node. `outcome`: "recovered", "refused" or "hung"."""
+
+    node: str
+    file: str  # relative to the data directory
+    how: str
+    outcome: str
+    exit_code: int | None
+    said: str
+
+
 @dataclass(slots=True)
 class Evidence:
     """`views`: each node's `GET /cluster`, once writes had stopped. None: could not be had.
 
-    `replicas`: the inventory as each node's own replica shows it.
+    `replicas`: the inventory as each node's own replica shows it, or how the node refused.
     `searched`: word to whether a search at the end found its memory.
     """
 
     ops: Sequence[Op]
     call_s_max: float
     inventory: Inventory | None = None
-    replicas: Mapping[str, Inventory] | None = None
+    replicas: Mapping[str, Inventory | str] | None = None
     searched: Mapping[str, bool] | None = None
     views: Mapping[str, Mapping[str, Any]] | None = None
     refusals: Sequence[Refusal] = ()
     crashes: Sequence[Crash] = ()
+    damages: Sequence[Damage] = ()
     converged_s: float | None = None
     converge_s_max: float = 0.0
     trouble: Sequence[str] = field(default_factory=tuple)

@@ -17,6 +17,8 @@ REPLICAS_CLAIM = "every node's own replica lists exactly what a linearizable lis
 CRASHES = "crashes"
 CRASHES_CLAIM = "no node ends by itself unless its disk fails or its data is damaged"
 CONVERGES = "converges"
+DAMAGE = "damage"
+DAMAGE_CLAIM = "a node whose files are damaged recovers, or refuses in words that name the file"
 
 
 def digests_of(views: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, tuple[int, str]]]:
@@ -64,17 +66,23 @@ def one_epoch(evidence: Evidence) -> Finding:
 
 def replicas(evidence: Evidence) -> Finding:
     if evidence.inventory is None or evidence.replicas is None:
-        unknown = "the memories could not be listed on every node at the end"
+        unknown = "the memories could not be listed at the end"
         return finding(REPLICAS, REPLICAS_CLAIM, 0, [], unknown=unknown)
-    violations = []
+    violations, unknown = [], ""
     looked_at = 0
     for node, inventory in evidence.replicas.items():
+        if isinstance(inventory, str):
+            # A refusal may pass; an internal error says that the replica cannot be read.
+            if inventory.startswith("500"):
+                violations.append(f"{node} cannot list what it has: {inventory}")
+            unknown = f"{node} did not list what it has: {inventory}"
+            continue
         for owner, expected in evidence.inventory.items():
             looked_at += len(expected)
             difference = _difference(expected, inventory.get(owner, ()))
             if difference:
                 violations.append(f"{node}, {owner}: {difference}")
-    return finding(REPLICAS, REPLICAS_CLAIM, looked_at, violations)
+    return finding(REPLICAS, REPLICAS_CLAIM, looked_at, violations, unknown=unknown)
 
 
 def _difference(expected: Any, found: Any) -> str:
@@ -93,6 +101,25 @@ def crashes(evidence: Evidence) -> Finding:
         f"{crash.node} ended at {crash.at_s:.1f} s:\n{crash.log_tail}" for crash in evidence.crashes
     ]
     return finding(CRASHES, CRASHES_CLAIM, 1, violations)
+
+
+def damage(evidence: Evidence) -> Finding:
+    """A refusal is loud when it names what is damaged and is no crash."""
+    violations = []
+    for one in evidence.damages:
+        what = f"{one.file} of {one.node} ({one.how})"
+        ending = one.said[-1_500:]
+        if one.outcome == "hung":
+            violations.append(f"{what}: neither ready nor ended:\n{ending}")
+        elif one.outcome == "refused":
+            folder, _, file = one.file.rpartition("/")
+            if one.exit_code is not None and one.exit_code < 0:
+                violations.append(f"{what}: killed by signal {-one.exit_code}:\n{ending}")
+            elif "Traceback" in one.said:
+                violations.append(f"{what}: refused with a traceback:\n{ending}")
+            elif file not in one.said and folder not in one.said:
+                violations.append(f"{what}: the refusal does not name it:\n{ending}")
+    return finding(DAMAGE, DAMAGE_CLAIM, len(evidence.damages), violations)
 
 
 def converges(evidence: Evidence) -> Finding:

@@ -21,6 +21,7 @@ OF_EVERY_RUN: dict[str, Checker] = {
     answers.IN_TIME: answers.in_time,
     answers.ERRORS: answers.errors,
     cluster.CRASHES: cluster.crashes,
+    cluster.DAMAGE: cluster.damage,
     cluster.CONVERGES: cluster.converges,
 }
 CLAIMS: dict[str, str] = {
@@ -35,6 +36,7 @@ CLAIMS: dict[str, str] = {
     answers.IN_TIME: "every call ends within its deadline",
     answers.ERRORS: answers.ERRORS_CLAIM,
     cluster.CRASHES: cluster.CRASHES_CLAIM,
+    cluster.DAMAGE: cluster.DAMAGE_CLAIM,
     cluster.CONVERGES: "after healing, every node is ready within the limit",
 }
 

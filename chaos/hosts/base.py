@@ -68,7 +68,15 @@ class Hosts(Protocol):
 
     async def resume(self, node: str) -> None: ...
 
+    def log(self, node: str) -> str:
+        """Everything the node printed, of all its lives."""
+        ...
+
     def log_tail(self, node: str) -> str: ...
+
+    def exit_code(self, node: str) -> int | None:
+        """Of a node that ended; negative: the signal that ended it."""
+        ...
 
     # -- network ----------------------------------------------------------------------------
 

@@ -188,6 +188,12 @@ class LocalHosts(ABC):
     async def resume(self, node: str) -> None:
         self._processes[node].signal(signal.SIGCONT)
 
+    def log(self, node: str) -> str:
+        return self._processes[node].log_text()
+
+    def exit_code(self, node: str) -> int | None:
+        return self._processes[node].exit_code
+
     def log_tail(self, node: str) -> str:
         return self._processes[node].log_tail()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from agentmem_chaos.errors import ChaosError
 
 END_S_MAX = 10.0
-_LOG_TAIL_BYTES = 4_000
+_LOG_TAIL_CHARACTERS = 4_000
 
 
 class NodeProcess:
@@ -101,18 +101,12 @@ class NodeProcess:
                 f"Node {self.name} (pid {self._process.pid}) did not end within {seconds:g} s."
             ) from None
 
-    def log_tail(self, since: int = 0) -> str:
-        """The last of what the node printed, from byte `since` of its log on."""
+    def log_text(self) -> str:
         try:
-            with self.log.open("rb") as log:
-                size = log.seek(0, os.SEEK_END)
-                log.seek(max(since, size - _LOG_TAIL_BYTES))
-                return log.read().decode(errors="replace").strip()
+            return self.log.read_bytes().decode(errors="replace")
         except OSError:
             return ""
 
-    def log_size(self) -> int:
-        try:
-            return self.log.stat().st_size
-        except OSError:
-            return 0
+    def log_tail(self) -> str:
+        """The last of what the node printed."""
+        return self.log_text()[-_LOG_TAIL_CHARACTERS:].strip()

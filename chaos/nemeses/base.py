@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from agentmem_chaos.checkers.base import Damage
 from agentmem_chaos.hosts.base import Hosts, Need, Pair
 
 
@@ -65,6 +66,8 @@ class Nemesis(ABC):
         self.victims: frozenset[str] = frozenset()
         # Groups of nodes that can talk to each other while it holds; None: everybody can.
         self.sides: tuple[frozenset[str], ...] | None = None
+        # What became of a node whose files it damaged.
+        self.damage: Damage | None = None
 
     @abstractmethod
     async def strike(self, field: Field) -> str:

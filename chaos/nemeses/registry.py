@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agentmem_chaos.nemeses.base import Nemesis
+from agentmem_chaos.nemeses.damage import DAMAGES
 from agentmem_chaos.nemeses.machine import ClockJump, FsyncErrors, FullDisk, WriteErrors
 from agentmem_chaos.nemeses.network import (
     Flapping,
@@ -27,28 +28,27 @@ from agentmem_chaos.nemeses.slow import (
     ResetPeers,
 )
 
-NEMESES: dict[str, type[Nemesis]] = {
-    kind.name: kind
-    for kind in (
-        KillLeader,
-        KillFollower,
-        KillMajority,
-        KillAll,
-        Pause,
-        RollingRestart,
-        PartitionOne,
-        PartitionMajority,
-        PartitionRing,
-        PartitionOneWay,
-        Flapping,
-        Latency,
-        Bandwidth,
-        CutAfterSend,
-        PeerCutAfterSend,
-        ResetPeers,
-        ClockJump,
-        FsyncErrors,
-        WriteErrors,
-        FullDisk,
-    )
-}
+_ALL: tuple[type[Nemesis], ...] = (
+    KillLeader,
+    KillFollower,
+    KillMajority,
+    KillAll,
+    Pause,
+    RollingRestart,
+    PartitionOne,
+    PartitionMajority,
+    PartitionRing,
+    PartitionOneWay,
+    Flapping,
+    Latency,
+    Bandwidth,
+    CutAfterSend,
+    PeerCutAfterSend,
+    ResetPeers,
+    ClockJump,
+    FsyncErrors,
+    WriteErrors,
+    FullDisk,
+    *DAMAGES,
+)
+NEMESES: dict[str, type[Nemesis]] = {kind.name: kind for kind in _ALL}

@@ -37,8 +37,11 @@ async def inventory(client: AsyncClient, owners: Iterable[str]) -> Inventory | N
         return None
 
 
-async def replica(hosts: Hosts, node: str, owners: Iterable[str]) -> Inventory | None:
-    """The same from the replicas that this node has itself (shards elsewhere are forwarded)."""
+async def replica(hosts: Hosts, node: str, owners: Iterable[str]) -> Inventory | str:
+    """The same from the replicas that this node has itself (shards elsewhere are forwarded).
+
+    A text is how it refused: "500 internal: ...".
+    """
     headers = {"Authorization": f"Bearer {hosts.api_key}"}
     found: dict[str, list[Stored]] = {}
     async with aiohttp.ClientSession(headers=headers) as session:
@@ -54,11 +57,11 @@ async def replica(hosts: Hosts, node: str, owners: Iterable[str]) -> Inventory |
                         asyncio.timeout(_READ_S_MAX),
                         session.get(f"{hosts.url(node)}/api/v1/memories", params=asked) as answer,
                     ):
-                        if answer.status != 200:
-                            return None
                         page = await answer.json()
-                except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
-                    return None
+                        if answer.status != 200:
+                            return f"{answer.status} {page.get('code')}: {page.get('detail')}"
+                except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                    return f"no answer: {error!r}"
                 memories += [Stored(m["id"], m["content"], m["version"]) for m in page["results"]]
                 cursor = page["next_cursor"]
                 if cursor is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agentmem_chaos.checkers.base import Crash, Finding, Refusal, Verdict
+from agentmem_chaos.checkers.base import Crash, Damage, Finding, Refusal, Verdict
 from agentmem_chaos.errors import ChaosError
 from agentmem_chaos.runs.observer import LeaderChange
 from agentmem_chaos.runs.strikes import Struck
@@ -42,6 +42,7 @@ class RunResult:
     leaders: Sequence[LeaderChange] = ()
     refusals: Sequence[Refusal] = ()
     crashes: Sequence[Crash] = ()
+    damages: Sequence[Damage] = ()
     figures: dict[str, Any] = field(default_factory=dict)
     ops: Sequence[Op] = ()
 
@@ -85,6 +86,10 @@ class RunResult:
                 for r in self.refusals
             ],
             "crashes": [{"node": c.node, "at_s": round(c.at_s, 3)} for c in self.crashes],
+            "damages": [
+                {"node": d.node, "file": d.file, "how": d.how, "outcome": d.outcome}
+                for d in self.damages
+            ],
             "figures": self.figures,
         }
 

@@ -6,9 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from agentmem_chaos.checkers.base import Evidence
+from agentmem_chaos.checkers.base import Evidence, Inventory
 from agentmem_chaos.checkers.registry import check_all
 from agentmem_chaos.errors import ChaosError
 from agentmem_chaos.hosts.base import Hosts
@@ -149,6 +148,7 @@ class Run:
             CALL_S_MAX,
             refusals=striker.refusals,
             crashes=striker.crashes,
+            damages=striker.damages,
             converge_s_max=CONVERGE_S_MAX,
         )
         try:
@@ -168,14 +168,10 @@ class Run:
         self.tell(f"audited in {time.monotonic() - began:.1f} s")
         return evidence
 
-    async def _replicas(self, arena: Arena) -> dict[str, Any] | None:
-        found: dict[str, Any] = {}
-        for node in self.hosts.nodes:
-            seen = await audit.replica(self.hosts, node, arena.owners)
-            if seen is None:
-                return None
-            found[node] = seen
-        return found
+    async def _replicas(self, arena: Arena) -> dict[str, Inventory | str]:
+        return {
+            node: await audit.replica(self.hosts, node, arena.owners) for node in self.hosts.nodes
+        }
 
     def _conclude(
         self,
@@ -193,6 +189,7 @@ class Run:
         result.leaders = observer.changes
         result.refusals = striker.refusals
         result.crashes = striker.crashes
+        result.damages = striker.damages
         result.ops = history.ops
         view = next(iter((evidence.views or observer.views).values()), None)
         result.figures = figures(history.ops, striker.struck, view)

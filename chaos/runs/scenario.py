@@ -35,6 +35,15 @@ CUTS = (
     "partition-flapping",
 )
 WIRES = ("latency", "bandwidth", "cut-after-send", "peer-cut-after-send", "reset-peers")
+DAMAGED = (
+    "flip-journal",
+    "truncate-journal",
+    "truncate-lmdb",
+    "flip-index",
+    "truncate-index",
+    "flip-snapshot",
+    "truncate-snapshot",
+)
 
 NAMED: dict[str, Scenario] = {
     scenario.name: scenario
@@ -58,6 +67,8 @@ NAMED: dict[str, Scenario] = {
                 "full-disk",
             ),
         ),
+        Scenario("damage", "files of a stopped node are damaged", "mixed", DAMAGED),
+        Scenario("rot", "bits of stored records flip", "mixed", ("flip-lmdb",)),
         Scenario("upgrade", "every node is restarted in turn", "mixed", ("rolling-restart",)),
         Scenario(
             "smoke",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentmem_chaos.checkers.base import Crash, Refusal
+from agentmem_chaos.checkers.base import Crash, Damage, Refusal
 from agentmem_chaos.errors import ChaosError
 from agentmem_chaos.hosts.base import Hosts
 from agentmem_chaos.nemeses.base import Field, Nemesis
@@ -69,6 +69,7 @@ class Striker:
     struck: list[Struck] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     crashes: list[Crash] = field(default_factory=list)
+    damages: list[Damage] = field(default_factory=list)
     _now_striking: Nemesis | None = None
     _may_be_down: set[str] = field(default_factory=set)
     _ready: asyncio.Task[None] | None = None
@@ -118,6 +119,8 @@ class Striker:
             self._may_be_down |= nemesis.victims if nemesis.may_end_nodes else set()
             await self._undo(nemesis, field_, record)
             self._now_striking = None
+            if nemesis.damage is not None:
+                self.damages.append(nemesis.damage)
             record.undone_s = self.now_s()
         self._ready = asyncio.create_task(self._measure_ready(record))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from agentmem_chaos.checkers.answers import errors, in_time, minority
-from agentmem_chaos.checkers.base import Crash, Evidence, Refusal, Verdict
-from agentmem_chaos.checkers.cluster import converges, crashes, digests, one_epoch, replicas
+from agentmem_chaos.checkers.base import Crash, Damage, Evidence, Refusal, Verdict
+from agentmem_chaos.checkers.cluster import converges, crashes, damage, digests, one_epoch, replicas
 from agentmem_chaos.checkers.registry import CLAIMS, OF_EVERY_RUN, OF_WORKLOADS, check_all
 from agentmem_chaos.runs.probe import without_majority
 from agentmem_chaos.workloads.registry import WORKLOADS
@@ -54,6 +54,25 @@ def test_a_replica_that_lists_something_else_is_found() -> None:
     found = replicas(evidence)
     assert found.verdict is Verdict.VIOLATED
     assert found.details == ("n2, ana: 1 missing, as ['b text']",)
+
+
+def test_a_replica_that_cannot_be_read_is_found_and_one_that_refuses_is_unknown() -> None:
+    broken, busy = {"n1": "500 internal: ..."}, {"n1": "503 unavailable: ..."}
+    assert replicas(Evidence([], 5.0, inventory={}, replicas=broken)).verdict is Verdict.VIOLATED
+    assert replicas(Evidence([], 5.0, inventory={}, replicas=busy)).verdict is Verdict.UNKNOWN
+
+
+def test_damage_may_be_survived_or_refused_by_name_and_nothing_else() -> None:
+    def verdict(outcome: str, exit_code: int | None, said: str) -> Verdict:
+        one = Damage("n1", "journal/0001.seg", "cut", outcome, exit_code, said)
+        return damage(Evidence([], 5.0, damages=[one])).verdict
+
+    assert verdict("recovered", None, "") is Verdict.HOLDS
+    assert verdict("refused", 1, "error: journal/0001.seg is damaged") is Verdict.HOLDS
+    assert verdict("refused", 1, "error: something is damaged") is Verdict.VIOLATED
+    assert verdict("refused", 1, "Traceback ... 0001.seg") is Verdict.VIOLATED
+    assert verdict("refused", -7, "0001.seg") is Verdict.VIOLATED
+    assert verdict("hung", None, "0001.seg") is Verdict.VIOLATED
 
 
 def refusal(status: int, took_s: float, code: str = "no_quorum") -> Refusal:
