@@ -89,12 +89,14 @@ class Damage:
 class Evidence:
     """`views`: each node's `GET /cluster`, once writes had stopped. None: could not be had.
 
+    `patience_s`: client to the deadline of its calls, where that is not `call_s_max`.
     `replicas`: the inventory as each node's own replica shows it, or how the node refused.
     `searched`: word to whether a search at the end found its memory.
     """
 
     ops: Sequence[Op]
     call_s_max: float
+    patience_s: Mapping[int, float] = field(default_factory=dict)
     inventory: Inventory | None = None
     replicas: Mapping[str, Inventory | str] | None = None
     searched: Mapping[str, bool] | None = None

@@ -39,7 +39,7 @@ def memories(evidence: Evidence) -> Finding:
         for op in adds
         for violation in _wrong(op, deletes[op.key], found.get(str(op.value), []))
     ]
-    written = {op.value for op in evidence.ops if op.kind in ("add", "tick", "create")}
+    written = {op.value for op in evidence.ops}
     strangers = [content for content in found if content not in written]
     violations += [f"{content!r} is stored, but nobody added it" for content in strangers]
     return finding(MEMORIES, MEMORIES_CLAIM, len(adds), violations)

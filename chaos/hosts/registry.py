@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentmem_chaos.hosts.base import Hosts
+from agentmem_chaos.hosts.compose import ComposeHosts
 from agentmem_chaos.hosts.loopback import LoopbackHosts
 from agentmem_chaos.hosts.namespaces import NamespaceHosts
 
@@ -23,6 +24,10 @@ HOSTS: dict[str, HostsKind] = {
     ),
     "namespaces": HostsKind(
         "processes in network namespaces, cut apart by iptables; needs root", NamespaceHosts
+    ),
+    "compose": HostsKind(
+        "containers of docker-compose.cluster.yml and the real Toxiproxy; needs Docker",
+        ComposeHosts,
     ),
 }
 

@@ -73,7 +73,7 @@ class Run:
         return AsyncClient(
             urls[turn:] + urls[:turn],
             api_key=self.hosts.api_key,
-            policy=Policy(deadline_s=CALL_S_MAX),
+            policy=Policy(deadline_s=Arena.patience_s(number)),
         )
 
     async def _run(self) -> None:
@@ -146,6 +146,7 @@ class Run:
         evidence = Evidence(
             arena.history.ops,
             CALL_S_MAX,
+            patience_s={number: arena.patience_s(number) for number in range(self.clients)},
             refusals=striker.refusals,
             crashes=striker.crashes,
             damages=striker.damages,

@@ -12,8 +12,10 @@ from typing import ClassVar
 from agentmem_chaos.workloads.history import History
 from agentmem_client import AsyncClient
 
-# A call's whole time, retries included: longer than an election, shorter than most faults.
+# A call's whole time, retries included: longer than an election, shorter than most faults. Every
+# other client is impatient: it gives up in the middle of elections, and its writes are unknown.
 CALL_S_MAX = 5.0
+IMPATIENT_S_MAX = 0.8
 # Between two calls of a client, on average: the machine also runs the nodes.
 THINK_S_MEAN = 0.03
 
@@ -31,6 +33,11 @@ class Arena:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     # Owners whose memories the audit looks through at the end, and whose are one workload's.
     owners: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def patience_s(number: int) -> float:
+        """The deadline of the calls of client `number`."""
+        return IMPATIENT_S_MAX if number % 2 else CALL_S_MAX
 
     def chance(self, *of: object) -> random.Random:
         return random.Random(f"{self.seed}:{':'.join(map(str, of))}")

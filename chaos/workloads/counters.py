@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from agentmem_chaos.workloads.base import CALL_S_MAX, Arena, Workload
+from agentmem_chaos.workloads.base import Arena, Workload
 from agentmem_chaos.workloads.history import Op, Outcome
 from agentmem_client import AddResult, AgentMemError
 
@@ -60,12 +60,7 @@ class Counters(Workload):
         senders = [arena.clients[(number + i) % len(arena.clients)] for i in range(count)]
         answers = await asyncio.gather(
             *(
-                sender.add(
-                    tick.text,
-                    user_id=tick.owner,
-                    idempotency_key=tick.key,
-                    deadline_s=CALL_S_MAX,
-                )
+                sender.add(tick.text, user_id=tick.owner, idempotency_key=tick.key)
                 for sender in senders
             ),
             return_exceptions=True,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from agentmem_chaos.hosts.settings import VECTOR_DIM
-from agentmem_chaos.workloads.base import CALL_S_MAX, Arena, Workload
+from agentmem_chaos.workloads.base import Arena, Workload
 from agentmem_chaos.workloads.history import Outcome
 from agentmem_client import AsyncClient, NotFound
 
@@ -63,7 +63,7 @@ class Memories(Workload):
         arena.owners[owner] = self.name
         text = f"{word} said something about {chance.choice(_SUBJECTS)}"
         op = arena.history.begin(number, "add", word, owner, value=text)
-        call = client.add(text, user_id=owner, vector=vector_of(word), deadline_s=CALL_S_MAX)
+        call = client.add(text, user_id=owner, vector=vector_of(word))
         added, _ = await arena.history.attempt(op, call)
         if added is not None:
             memory_id = added.results[0].id
@@ -73,13 +73,7 @@ class Memories(Workload):
 
     async def _search(self, arena: Arena, client: AsyncClient, number: int, one: Mine) -> None:
         op = arena.history.begin(number, "search", one.word, one.owner)
-        call = client.search(
-            one.word,
-            user_id=one.owner,
-            vector=vector_of(one.word),
-            top_k=TOP_K,
-            deadline_s=CALL_S_MAX,
-        )
+        call = client.search(one.word, user_id=one.owner, vector=vector_of(one.word), top_k=TOP_K)
         found, _ = await arena.history.attempt(op, call, is_read=True)
         if found is None:
             return
@@ -91,7 +85,7 @@ class Memories(Workload):
 
     async def _delete(self, arena: Arena, client: AsyncClient, number: int, one: Mine) -> None:
         op = arena.history.begin(number, "delete", one.word, one.owner)
-        call = client.delete(one.memory_id, deadline_s=CALL_S_MAX)
+        call = client.delete(one.memory_id)
         _, error = await arena.history.attempt(op, call)
         if error is None:
             arena.history.returned(op, Outcome.OK, True)

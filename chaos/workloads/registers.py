@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from agentmem_chaos.workloads.base import CALL_S_MAX, Arena, Workload
+from agentmem_chaos.workloads.base import Arena, Workload
 from agentmem_chaos.workloads.history import Outcome
 from agentmem_client import AsyncClient, Conflict, Memory, NotFound
 
@@ -66,8 +66,9 @@ class Registers(Workload):
         self._serial += 1
         key = f"r{self._serial}"
         owner = f"register-{key}"
+        arena.owners[owner] = self.name
         op = arena.history.begin(number, "create", key, owner, value=INITIAL)
-        call = client.add(INITIAL, user_id=owner, deadline_s=CALL_S_MAX)
+        call = client.add(INITIAL, user_id=owner)
         added, error = await arena.history.attempt(op, call)
         if added is None or error is not None:
             return
@@ -82,7 +83,7 @@ class Registers(Workload):
         self, arena: Arena, client: AsyncClient, number: int, register: _Register
     ) -> None:
         op = arena.history.begin(number, "read", register.key, register.owner)
-        call = client.get(register.memory_id, deadline_s=CALL_S_MAX)
+        call = client.get(register.memory_id)
         memory, error = await arena.history.attempt(op, call, is_read=True)
         if isinstance(error, NotFound):
             arena.history.returned(op, Outcome.OK, ABSENT)  # nobody deletes registers
@@ -95,7 +96,7 @@ class Registers(Workload):
     ) -> None:
         value = self._new_value(number)
         op = arena.history.begin(number, "write", register.key, register.owner, value=value)
-        call = client.update(register.memory_id, value, deadline_s=CALL_S_MAX)
+        call = client.update(register.memory_id, value)
         memory, error = await arena.history.attempt(op, call)
         if isinstance(error, NotFound):
             arena.history.returned(op, Outcome.FAILED, ABSENT)
@@ -110,9 +111,7 @@ class Registers(Workload):
         op = arena.history.begin(
             number, "cas", register.key, register.owner, value=value, expected=expected
         )
-        call = client.update(
-            register.memory_id, value, expected_version=version, deadline_s=CALL_S_MAX
-        )
+        call = client.update(register.memory_id, value, expected_version=version)
         memory, error = await arena.history.attempt(op, call)
         if isinstance(error, Conflict):
             current = error.details.get("current_version")

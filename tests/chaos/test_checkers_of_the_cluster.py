@@ -94,6 +94,11 @@ def test_a_call_that_outlives_its_deadline_is_found() -> None:
     story.op("read", "r1", FAILED, at=(0.0, 5.5))
     story.op("write", "r1", UNKNOWN)
     assert in_time(Evidence(story.ops, 5.0)).verdict is Verdict.HOLDS
+    impatient = {7: 1.0}
+    story.op("tick", "t1", client=7, at=(0.0, 5.0))
+    assert in_time(Evidence(story.ops, 5.0, patience_s=impatient)).verdict is Verdict.HOLDS
+    story.op("read", "r1", FAILED, client=7, at=(0.0, 3.5))
+    assert in_time(Evidence(story.ops, 5.0, patience_s=impatient)).verdict is Verdict.VIOLATED
     story.op("read", "r1", FAILED, at=(0.0, 7.5))
     assert in_time(Evidence(story.ops, 5.0)).verdict is Verdict.VIOLATED
 
