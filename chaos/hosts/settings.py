@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentmem_cluster.link.ca import create_ca, issue
+from agentmem_node.config_keys import ApiKey
 
 CLUSTER = "chaos"
 SHARDS = 4
@@ -55,6 +56,9 @@ def environment(
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_KEPT_OUT)}
     nodes = {n: {"peer": place.peers[n], "http": place.urls[n]} for n in place.peers}
     key_hash = hashlib.sha256(api_key.encode()).hexdigest()
+    key: dict[str, object] = {"tenant": "default", "id": "chaos", "key_hash": key_hash}
+    if "admin" in ApiKey.__struct_fields__:
+        key["admin"] = True  # shards are moved with the same key
     return {
         **kept,
         "OPENBLAS_NUM_THREADS": "1",
@@ -75,9 +79,7 @@ def environment(
         "AGENTMEM_STORAGE_CHECKPOINT_MS": "2000",
         "AGENTMEM_STORAGE_JOURNAL_SEGMENT_BYTES": str(2 << 20),
         "AGENTMEM_LIMITS_DISK_FREE_BYTES_MIN": str(8 << 20),
-        "AGENTMEM_SECURITY_API_KEYS": json.dumps(
-            [{"tenant": "default", "id": "chaos", "key_hash": key_hash}]
-        ),
+        "AGENTMEM_SECURITY_API_KEYS": json.dumps([key]),
         **extra,
     }
 

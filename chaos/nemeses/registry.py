@@ -5,6 +5,7 @@ from __future__ import annotations
 from agentmem_chaos.nemeses.base import Nemesis
 from agentmem_chaos.nemeses.damage import DAMAGES
 from agentmem_chaos.nemeses.machine import ClockJump, FsyncErrors, FullDisk, WriteErrors
+from agentmem_chaos.nemeses.membership import MEMBERSHIP, PATH
 from agentmem_chaos.nemeses.network import (
     Flapping,
     PartitionMajority,
@@ -27,6 +28,7 @@ from agentmem_chaos.nemeses.slow import (
     PeerCutAfterSend,
     ResetPeers,
 )
+from agentmem_node.api.routes import ROUTES
 
 _ALL: tuple[type[Nemesis], ...] = (
     KillLeader,
@@ -51,4 +53,13 @@ _ALL: tuple[type[Nemesis], ...] = (
     FullDisk,
     *DAMAGES,
 )
-NEMESES: dict[str, type[Nemesis]] = {kind.name: kind for kind in _ALL}
+
+
+def _can_change_members() -> bool:
+    """Whether the nodes of this version can be asked to move shards."""
+    return any(route.path == PATH for route in ROUTES)
+
+
+NEMESES: dict[str, type[Nemesis]] = {
+    kind.name: kind for kind in (*_ALL, *(MEMBERSHIP if _can_change_members() else ()))
+}

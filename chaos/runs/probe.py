@@ -60,9 +60,10 @@ async def probe(
         ("search", "POST", "/memories/search", search),
     ]
     async with aiohttp.ClientSession() as session:
-        return list(
-            await asyncio.gather(*(_ask(session, hosts, node, shard, ask, now_s) for ask in asks))
+        told = await asyncio.gather(
+            *(_ask(session, hosts, node, shard, ask, now_s) for ask in asks)
         )
+    return [refusal for refusal in told if refusal is not None]
 
 
 async def _ask(
@@ -72,7 +73,8 @@ async def _ask(
     shard: str,
     ask: tuple[str, str, str, object],
     now_s: Callable[[], float],
-) -> Refusal:
+) -> Refusal | None:
+    """None when nothing listens: a node that was restarted and does not serve yet says nothing."""
     name, method, path, document = ask
     at_s, began = now_s(), time.monotonic()
     status, code = 0, ""
@@ -92,6 +94,8 @@ async def _ask(
         ):
             status = answer.status
             code = str((await answer.json()).get("code", ""))
+    except aiohttp.ClientConnectorError:
+        return None
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         code = code or type(error).__name__
     return Refusal(node, shard, name, at_s, time.monotonic() - began, status, code)

@@ -35,6 +35,7 @@ CUTS = (
     "partition-flapping",
 )
 WIRES = ("latency", "bandwidth", "cut-after-send", "peer-cut-after-send", "reset-peers")
+MOVES = ("move-shard", "move-and-kill", "drain-node", "rebalance")
 DAMAGED = (
     "flip-journal",
     "truncate-journal",
@@ -69,6 +70,19 @@ NAMED: dict[str, Scenario] = {
         ),
         Scenario("damage", "files of a stopped node are damaged", "mixed", DAMAGED),
         Scenario("rot", "bits of stored records flip", "mixed", ("flip-lmdb",)),
+        *(
+            [
+                Scenario(
+                    "moves",
+                    "shards move while nodes die",
+                    "mixed",
+                    (*MOVES, "kill-leader", "kill-follower"),
+                    nodes=4,
+                )
+            ]
+            if set(MOVES) <= set(NEMESES)
+            else []
+        ),
         Scenario("upgrade", "every node is restarted in turn", "mixed", ("rolling-restart",)),
         Scenario(
             "smoke",
