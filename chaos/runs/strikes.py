@@ -12,7 +12,7 @@ from agentmem_chaos.checkers.base import Crash, Damage, Refusal
 from agentmem_chaos.errors import ChaosError
 from agentmem_chaos.hosts.base import Hosts
 from agentmem_chaos.nemeses.base import Field, Nemesis
-from agentmem_chaos.nemeses.plan import Strike
+from agentmem_chaos.nemeses.plan import CALM_BETWEEN_S, Strike
 from agentmem_chaos.nemeses.registry import NEMESES
 from agentmem_chaos.runs import probe
 from agentmem_chaos.runs.observer import Observer
@@ -76,7 +76,10 @@ class Striker:
 
     async def run(self, strikes: Sequence[Strike], until_s: float) -> None:
         for strike in strikes:
-            await self._until(strike.at_s)
+            # Some take longer to strike than was planned: calm comes first all the same.
+            undone_s = self.struck[-1].undone_s if self.struck else None
+            calm_s = 0.0 if undone_s is None else undone_s + CALM_BETWEEN_S[0]
+            await self._until(max(strike.at_s, calm_s))
             if self.ending.is_set() or self.now_s() > until_s:
                 break
             await self._strike(strike)
