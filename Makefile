@@ -7,7 +7,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint check format sim soak bench bench-recall lock clean
+.PHONY: help setup demo serve test lint check format sim soak chaos bench bench-recall lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ sim: setup ## 200 simulated worlds with faults
 
 soak: setup ## 5,000 simulated worlds
 	@$(BIN)/agentmem-chaos sim --worlds 5000
+
+chaos: setup ## real nodes under real faults for a minute, with a timeline
+	@$(BIN)/agentmem-chaos run kills --seconds 60
 
 bench: setup ## the figures of the README, beside chroma and etcd (half an hour)
 	@$(BIN)/pip install --quiet -e '.[node,test,bench]'
