@@ -34,9 +34,9 @@ from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
 from agentmem_node.model.search import SearchQuery
 
-# Long enough for most pairs of elections (timeouts are 0.5 to 1.0 s), short enough that a minority
-# has said no within 2 s.
-_LEADER_WAIT_S_MAX = 1.75
+# Long enough for an election and most second ones (timeouts are 0.5 to 1.0 s), short enough that a
+# minority has said no within 2 s on a busy machine, too.
+_LEADER_WAIT_S_MAX = 1.5
 _LEADER_POLL_S = 0.02
 # A leader that stopped answers nothing, and its link is given up only after a while; its successor
 # may be known before. Looked at from the first time on, and again, while a leader is waited for.

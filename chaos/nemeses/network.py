@@ -15,6 +15,7 @@ class _Partition(Nemesis):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.PARTITION})
     # Long enough to see what the side without a majority answers.
     hold_s: ClassVar[tuple[float, float]] = (5.5, 7.0)
+    wants_whole_cluster: ClassVar[bool] = True
 
     async def undo(self, field: Field) -> None:
         await field.hosts.cut(frozenset())

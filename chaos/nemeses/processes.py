@@ -50,6 +50,8 @@ class KillFollower(_Kill):
 class KillMajority(_Kill):
     name: ClassVar[str] = "kill-majority"
     description: ClassVar[str] = "SIGKILL to a majority of the nodes at once"
+    # Those that are left are asked whether they refuse: they must be up for that.
+    wants_whole_cluster: ClassVar[bool] = True
     hold_s: ClassVar[tuple[float, float]] = (5.0, 7.0)
 
     def chosen(self, field: Field) -> tuple[str, ...]:
