@@ -137,7 +137,7 @@ class Replicas:
             shard.abandon()
 
     def learn(self, shard_map: ShardMap, changes: dict[str, Change]) -> None:
-        self.set.learn(shard_map, changes)
+        self._put_aside_what_fails(lambda: self.set.learn(shard_map, changes))
         self.poke()
 
     def poke(self) -> None:
@@ -214,28 +214,24 @@ class Replicas:
         self._begins.pop(shard, None)
 
     def settle(self) -> None:
-        """Take part in what can be taken part in. A replica that is of no use is put aside: the
-        cluster gives this node another."""
+        """Take part in what can be taken part in."""
+        self._put_aside_what_fails(self.set.settle)
+
+    def _put_aside_what_fails(self, settle: Callable[[], None]) -> None:
+        """A replica that is of no use is put aside: the cluster gives this node another."""
         while True:
             try:
-                self.set.settle()
+                settle()
                 return
             except (LogBehind, StorageDamaged) as error:
-                shard = self._shard_that_failed()
-                if shard is None:
+                shard = self.set.settling
+                if shard not in self._record.held:
                     raise
                 log.error("the replica of %s here is of no use: %s", shard, error)
                 self.lost[shard] = str(error)
                 held = self._record.held[shard]
                 self._record.close(shard, held.epoch)
                 self._record.save(self._disk)
-
-    def _shard_that_failed(self) -> str | None:
-        """`settle` goes through the shards in order: the first that is held but not served."""
-        for shard in sorted(self._record.held):
-            if shard not in self.set.served:
-                return shard
-        return None
 
     def _serving_member(self, info: ShardInfo) -> str | None:
         leader = self._routing.leader_of(info.id)

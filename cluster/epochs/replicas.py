@@ -110,6 +110,7 @@ class ReplicaSet:
         self.staged: dict[str, Staged] = {}
         self.map: ShardMap | None = None
         self.changes: Mapping[str, Change] = {}
+        self.settling = ""  # the shard that `learn` is at: of an error, the one it is about
         self._disk = disk
         self._groups = groups
         self._states = states
@@ -127,6 +128,7 @@ class ReplicaSet:
         self.map = shard_map
         self.changes = changes
         for shard in sorted({*shard_map.shards, *self.served, *self.record.held}):
+            self.settling = shard
             self._settle(shard)
 
     def settle(self) -> None:
