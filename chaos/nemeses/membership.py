@@ -15,7 +15,7 @@ import aiohttp
 
 from agentmem_chaos.errors import ChaosError
 from agentmem_chaos.hosts.base import Need
-from agentmem_chaos.nemeses.base import Field, Nemesis
+from agentmem_chaos.nemeses.base import Field, Nemesis, both_ways
 
 PATH = "/api/v1/cluster/operations"
 END_S_MAX = 60.0
@@ -23,6 +23,7 @@ ASK_S_MAX = 15.0
 _BEGIN_TRIES = 20
 _POLL_S = 0.2
 _KILL_AFTER_S = (0.0, 0.8)
+_CUT_S = 2.5
 
 
 async def ask(field: Field, method: str, path: str, wish: Mapping[str, Any] | None = None) -> Any:
@@ -135,6 +136,30 @@ class MoveAndKill(_Operation):
         return f", {node} killed"
 
 
+class MoveAndCut(_Operation):
+    """The leader of the shard is cut off in the middle, long enough for another to be elected."""
+
+    name: ClassVar[str] = "move-and-cut"
+    description: ClassVar[str] = "a shard moves, and its leader is cut off for a while meanwhile"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.SIGNALS, Need.PARTITION})
+
+    def wish(self, field: Field) -> dict[str, str]:
+        return a_move(field)
+
+    async def meanwhile(self, field: Field, wish: Mapping[str, str]) -> str:
+        await asyncio.sleep(field.chance.uniform(*_KILL_AFTER_S))
+        node = field.leaders().get(wish["shard"], field.a_leader())
+        self.victims = frozenset({node})
+        await field.hosts.cut(both_ways(self.victims, frozenset(field.nodes) - self.victims))
+        await asyncio.sleep(_CUT_S)
+        await field.hosts.cut(frozenset())
+        return f", {node} cut off for {_CUT_S:g} s"
+
+    async def undo(self, field: Field) -> None:
+        await field.hosts.cut(frozenset())
+        await super().undo(field)
+
+
 class Drain(_Operation):
     name: ClassVar[str] = "drain-node"
     description: ClassVar[str] = "a node gives all its replicas away, and may have some again"
@@ -164,4 +189,10 @@ class Rebalance(_Operation):
         return {"kind": "rebalance"}
 
 
-MEMBERSHIP: tuple[type[Nemesis], ...] = (MoveShard, MoveAndKill, Drain, Rebalance)
+MEMBERSHIP: tuple[type[Nemesis], ...] = (
+    MoveShard,
+    MoveAndKill,
+    MoveAndCut,
+    Drain,
+    Rebalance,
+)

@@ -35,7 +35,7 @@ CUTS = (
     "partition-flapping",
 )
 WIRES = ("latency", "bandwidth", "cut-after-send", "peer-cut-after-send", "reset-peers")
-MOVES = ("move-shard", "move-and-kill", "drain-node", "rebalance")
+MOVES = ("move-shard", "move-and-kill", "move-and-cut", "drain-node", "rebalance")
 DAMAGED = (
     "flip-journal",
     "truncate-journal",
