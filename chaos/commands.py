@@ -110,7 +110,7 @@ def run(
         console.print(Text(f"error: {error}", style="red"))
         sys.exit(EXIT_COULD_NOT)
     except KeyboardInterrupt:
-        console.print("interrupted twice: everything was ended, nothing was checked")
+        console.print("interrupted: everything was ended, nothing was checked")
         sys.exit(EXIT_INTERRUPTED)
     save(played, folder)
     write_page(folder)

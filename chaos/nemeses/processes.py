@@ -34,6 +34,8 @@ class _Kill(Nemesis):
 class KillLeader(_Kill):
     name: ClassVar[str] = "kill-leader"
     description: ClassVar[str] = "SIGKILL to a node that leads a shard"
+    # One at a time: to lose a second while the first still starts is what kill-majority is for.
+    wants_whole_cluster: ClassVar[bool] = True
 
     def chosen(self, field: Field) -> tuple[str, ...]:
         return (field.a_leader(),)
@@ -42,6 +44,7 @@ class KillLeader(_Kill):
 class KillFollower(_Kill):
     name: ClassVar[str] = "kill-follower"
     description: ClassVar[str] = "SIGKILL to the node that leads the fewest shards"
+    wants_whole_cluster: ClassVar[bool] = True
 
     def chosen(self, field: Field) -> tuple[str, ...]:
         return (field.a_follower(),)
@@ -70,6 +73,7 @@ class KillAll(_Kill):
 class Pause(Nemesis):
     name: ClassVar[str] = "pause-leader"
     description: ClassVar[str] = "SIGSTOP to a leader: it hangs with its connections open"
+    wants_whole_cluster: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({Need.SIGNALS})
 
     async def strike(self, field: Field) -> str:
