@@ -161,16 +161,20 @@ def test_namespaces_lose_what_is_cut_and_leave_nothing_behind() -> None:
         """UDP, so that a lost answer does not look like a lost question."""
         enter = ["ip", "netns", "exec", network.namespace(receiver)]
         program = (
-            "import socket\n"
+            "import socket, sys\n"
             "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
             "s.bind(('0.0.0.0', 9))\n"
             "print('bound', flush=True)\n"
-            "s.settimeout(1.0)\n"
+            "sys.stdin.readline()\n"  # it was sent: what is to come is here
+            "s.settimeout(0.5)\n"
             "try: print(s.recv(9).decode())\n"
             "except TimeoutError: print('nothing')\n"
         )
         listening = subprocess.Popen(
-            [*enter, "python3", "-c", program], stdout=subprocess.PIPE, text=True
+            [*enter, "python3", "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert listening.stdout is not None
         try:
@@ -182,7 +186,7 @@ def test_namespaces_lose_what_is_cut_and_leave_nothing_behind() -> None:
             )
             enter = ["ip", "netns", "exec", network.namespace(sender)]
             subprocess.run([*enter, "python3", "-c", send], check=True, timeout=20)
-            return listening.communicate(timeout=20)[0] == "hello\n"
+            return listening.communicate("sent\n", timeout=20)[0] == "hello\n"
         finally:
             listening.kill()
             listening.wait(10)
