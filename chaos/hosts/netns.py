@@ -87,8 +87,11 @@ class Network:
 
     async def remove(self) -> None:
         """Everything that `make` made. Never raises: what is gone already is fine."""
+        # The kernel takes a namespace down later than it says; an interface goes at once, and with
+        # it the other one of its pair.
+        for number in range(len(self._made)):
+            await shell.run(["ip", "link", "delete", f"{self.bridge}-{number}"], check=False)
         for name in self._made:
-            # The pair of interfaces goes with the namespace; the rules do, too.
             await shell.run(["ip", "netns", "delete", name], check=False)
         if self._bridged:
             await shell.run(["ip", "link", "delete", self.bridge], check=False)
