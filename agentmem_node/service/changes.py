@@ -59,7 +59,8 @@ class Changes:
                 self._follow()
                 self._wake.clear()
                 try:
-                    await asyncio.wait_for(self._wake.wait(), _LOOK_S)
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._wake.wait()
                 except TimeoutError:
                     pass
         finally:

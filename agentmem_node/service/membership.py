@@ -192,9 +192,8 @@ class Membership:
             settled = view is not None and registered
             await self._learn_leaders()
             try:
-                await asyncio.wait_for(
-                    self._changed.wait(), _SETTLED_POLL_S if settled else _POLL_S
-                )
+                async with asyncio.timeout(_SETTLED_POLL_S if settled else _POLL_S):
+                    await self._changed.wait()
             except TimeoutError:
                 pass
 

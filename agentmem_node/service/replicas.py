@@ -173,7 +173,9 @@ class Replicas:
     async def _drive(self) -> None:
         while True:
             try:
-                await asyncio.wait_for(self._wake.wait(), _BUSY_S if self._is_busy() else _IDLE_S)
+                # Not `wait_for`: Python 3.11's loses a cancellation that comes with the event.
+                async with asyncio.timeout(_BUSY_S if self._is_busy() else _IDLE_S):
+                    await self._wake.wait()
             except TimeoutError:
                 pass
             self._wake.clear()
