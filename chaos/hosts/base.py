@@ -21,6 +21,7 @@ class Need(Enum):
     CLOCK = "libfaketime"
     FAILING_CALLS = "libfiu"
     SMALL_DISK = "a small disk of its own for each node"
+    NEW_NODES = "room for further nodes"
 
 
 class Hosts(Protocol):
@@ -51,6 +52,10 @@ class Hosts(Protocol):
         ...
 
     # -- processes --------------------------------------------------------------------------
+
+    async def join(self, token: str) -> str:
+        """Start a further node, which joins with the token; its name is in `nodes` from then on."""
+        ...
 
     def is_running(self, node: str) -> bool: ...
 

@@ -116,6 +116,9 @@ class ComposeHosts:
     def is_running(self, node: str) -> bool:
         return node not in self._ended
 
+    async def join(self, token: str) -> str:
+        raise ChaosError(f"New nodes: {self.why_not(Need.NEW_NODES)}.")
+
     async def start(self, node: str) -> None:
         await self._compose("start", node)
         self._ended.discard(node)

@@ -39,6 +39,7 @@ class LocalHosts(ABC):
         self._calls: dict[str, instruments.FailingCalls] = {}
         self._mounted: list[Path] = []
         self._pipe: tuple[int, int] | None = None
+        self._equip: frozenset[Need] = frozenset()
 
     # -- what subclasses say ----------------------------------------------------------------
 
@@ -81,12 +82,15 @@ class LocalHosts(ABC):
             return "libfaketime is not installed: apt install faketime"
         if need is Need.FAILING_CALLS and instruments.fiu_libraries() is None:
             return "libfiu is not installed: apt install fiu-utils"
+        if need is Need.NEW_NODES:
+            return "every connection has a proxy made before the start; use --hosts namespaces"
         if need is Need.SMALL_DISK and os.geteuid() != 0:
             return "mounting a small disk needs root: run with sudo"
         return None
 
     async def open(self, equip: frozenset[Need]) -> None:
         self._pipe = os.pipe()
+        self._equip = equip
         self._proxies = Proxies(*await self._server.start())
         await self._prepare_network()
         authority = self.folder / "ca"
@@ -116,7 +120,10 @@ class LocalHosts(ABC):
         await shell.run(["mount", "-t", "tmpfs", "-o", options, "agentmem-chaos", str(folder)])
         self._mounted.append(folder)
 
-    def _process(self, place: Place, authority: Path, equip: frozenset[Need]) -> NodeProcess:
+    def _process(
+        self, place: Place, authority: Path, equip: frozenset[Need], joining: tuple[str, ...] = ()
+    ) -> NodeProcess:
+        """`joining`: further arguments of a node that joins."""
         extra: dict[str, str] = {}
         preloaded: list[Path] = []
         if Need.CLOCK in equip:
@@ -137,7 +144,8 @@ class LocalHosts(ABC):
             names = ":".join(map(str, preloaded))
             command = [*self._enter(place.node), "env", f"LD_PRELOAD={names}"]
             command += settings.command()
-        variables = settings.environment(place, authority, self.api_key, extra)
+        command += joining
+        variables = settings.environment(place, authority, self.api_key, extra, joins=bool(joining))
         return NodeProcess(place.node, command, variables, place.folder / "node.log")
 
     async def close(self) -> None:
@@ -167,6 +175,9 @@ class LocalHosts(ABC):
 
     def process(self, node: str) -> NodeProcess:
         return self._processes[node]
+
+    async def join(self, token: str) -> str:
+        raise ChaosError(f"New nodes: {self.why_not(Need.NEW_NODES)}.")
 
     def is_running(self, node: str) -> bool:
         return self._processes[node].is_running

@@ -51,6 +51,11 @@ class Network:
         for number, node in enumerate(self._nodes):
             await self._add(number, node)
 
+    async def add(self, node: str) -> None:
+        """A further node. Raises ChaosError."""
+        self._nodes = (*self._nodes, node)
+        await self._add(len(self._nodes) - 1, node)
+
     async def _free_subnet(self) -> int:
         used = (await shell.run(["ip", "-o", "-4", "address"])).stdout
         for subnet in range(1, 255):

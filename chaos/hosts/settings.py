@@ -50,17 +50,29 @@ def certificates(folder: Path, nodes: tuple[str, ...]) -> None:
 
 
 def environment(
-    place: Place, authority: Path, api_key: str, extra: Mapping[str, str]
+    place: Place, authority: Path, api_key: str, extra: Mapping[str, str], *, joins: bool = False
 ) -> dict[str, str]:
-    """The whole environment of a node: nothing set outside may change what is tested."""
+    """The whole environment of a node: nothing set outside may change what is tested.
+
+    A node that `joins` is told of the cluster by the cluster, and gets its certificate from it.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_KEPT_OUT)}
     nodes = {n: {"peer": place.peers[n], "http": place.urls[n]} for n in place.peers}
     key_hash = hashlib.sha256(api_key.encode()).hexdigest()
     key: dict[str, object] = {"tenant": "default", "id": "chaos", "key_hash": key_hash}
     if "admin" in ApiKey.__struct_fields__:
         key["admin"] = True  # shards are moved with the same key
+    cluster = {
+        "AGENTMEM_CLUSTER_SHARDS": str(SHARDS),
+        "AGENTMEM_CLUSTER_NODES": json.dumps(nodes),
+        "AGENTMEM_CLUSTER_CA_CERT": str(authority / "ca.crt"),
+        "AGENTMEM_CLUSTER_CA_KEY": str(authority / "ca.key"),
+        "AGENTMEM_CLUSTER_CERT": str(authority / f"{place.node}.crt"),
+        "AGENTMEM_CLUSTER_KEY": str(authority / f"{place.node}.key"),
+    }
     return {
         **kept,
+        **({} if joins else cluster),
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "AGENTMEM_NODE_ID": place.node,
@@ -69,11 +81,6 @@ def environment(
         "AGENTMEM_NODE_PEER_LISTEN": place.peer_listen,
         "AGENTMEM_NODE_LOG_FORMAT": "text",
         "AGENTMEM_CLUSTER_NAME": CLUSTER,
-        "AGENTMEM_CLUSTER_SHARDS": str(SHARDS),
-        "AGENTMEM_CLUSTER_NODES": json.dumps(nodes),
-        "AGENTMEM_CLUSTER_CA_CERT": str(authority / "ca.crt"),
-        "AGENTMEM_CLUSTER_CERT": str(authority / f"{place.node}.crt"),
-        "AGENTMEM_CLUSTER_KEY": str(authority / f"{place.node}.key"),
         "AGENTMEM_EMBEDDING_PROVIDER": "none",
         "AGENTMEM_EMBEDDING_DIM": str(VECTOR_DIM),
         "AGENTMEM_STORAGE_CHECKPOINT_MS": "2000",

@@ -16,8 +16,11 @@ import aiohttp
 from agentmem_chaos.errors import ChaosError
 from agentmem_chaos.hosts.base import Need
 from agentmem_chaos.nemeses.base import Field, Nemesis, both_ways
+from agentmem_chaos.runs.ready import wait_ready
 
 PATH = "/api/v1/cluster/operations"
+TOKENS_PATH = "/api/v1/cluster/join-tokens"
+NODES_MAX = 6
 END_S_MAX = 60.0
 ASK_S_MAX = 15.0
 KNOWN_S_MAX = 5.0
@@ -204,10 +207,31 @@ class Rebalance(_Operation):
         return {"kind": "rebalance"}
 
 
+class JoinNode(_Operation):
+    """Each strike adds a node, as long as there is room, and has shards given to it."""
+
+    name: ClassVar[str] = "join-node"
+    description: ClassVar[str] = "a new node joins with a token, and is given shards"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.SIGNALS, Need.NEW_NODES})
+
+    def wish(self, field: Field) -> dict[str, str]:
+        return {"kind": "rebalance"}
+
+    async def strike(self, field: Field) -> str:
+        if len(field.nodes) >= NODES_MAX:
+            return f"there are {NODES_MAX} nodes already: {await super().strike(field)}"
+        token = (await ask(field, "POST", TOKENS_PATH, {"ttl_s": 60, "uses": 1}))["token"]
+        node = await field.hosts.join(token)
+        self.victims = frozenset({node})
+        ready_s = await wait_ready(field.hosts, (node,), END_S_MAX)
+        return f"{node} is ready after {ready_s:.1f} s; {await super().strike(field)}"
+
+
 MEMBERSHIP: tuple[type[Nemesis], ...] = (
     MoveShard,
     MoveAndKill,
     MoveAndCut,
     Drain,
     Rebalance,
+    JoinNode,
 )

@@ -187,6 +187,7 @@ class Run:
         result.interrupted = self.ending.is_set()
         result.findings = check_all(evidence, workload.checkers)
         result.struck = striker.struck
+        result.nodes = self.hosts.nodes  # those that joined included
         result.leaders = observer.changes
         result.refusals = striker.refusals
         result.crashes = striker.crashes

@@ -36,6 +36,7 @@ CUTS = (
 )
 WIRES = ("latency", "bandwidth", "cut-after-send", "peer-cut-after-send", "reset-peers")
 MOVES = ("move-shard", "move-and-kill", "move-and-cut", "drain-node", "rebalance")
+GROWTH = ("join-node", "kill-leader", "partition-one")
 DAMAGED = (
     "flip-journal",
     "truncate-journal",
@@ -81,6 +82,11 @@ NAMED: dict[str, Scenario] = {
                 )
             ]
             if set(MOVES) <= set(NEMESES)
+            else []
+        ),
+        *(
+            [Scenario("joins", "nodes join and are given shards", "mixed", GROWTH)]
+            if set(GROWTH) <= set(NEMESES)
             else []
         ),
         Scenario("upgrade", "every node is restarted in turn", "mixed", ("rolling-restart",)),

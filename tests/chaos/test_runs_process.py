@@ -102,15 +102,24 @@ def test_an_interrupted_run_ends_everything_and_still_reports(tmp_path: Path) ->
     assert result["figures"]["ok"] > 0
 
 
+def test_moves_while_a_leader_dies_break_no_claim(tmp_path: Path) -> None:
+    scenario = "mixed+move-and-kill+drain-node"
+    process = started(tmp_path, "run", scenario, "--nodes", "4", "--seconds", "15", "--seed", "4")
+    result = everything_held(tmp_path, *finished(process))
+    assert {fault["nemesis"] for fault in result["faults"]} == {"move-and-kill", "drain-node"}
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
-def test_cuts_between_network_namespaces_break_no_claim(tmp_path: Path) -> None:
+def test_cuts_and_a_join_among_network_namespaces_break_no_claim(tmp_path: Path) -> None:
     arguments = ("--hosts", "namespaces", "--seconds", "20", "--seed", "3")
-    scenario = "mixed+partition-one+partition-one-way+kill-majority"
+    scenario = "mixed+partition-one+join-node+kill-majority"
     process = started(tmp_path, "run", scenario, *arguments)
     code, said = finished(process)
     if code == 2:
         pytest.skip(f"namespaces cannot be made here: {said[-300:]}")
     result = everything_held(tmp_path, code, said)
     assert len(result["faults"]) >= 2
+    struck = [fault["nemesis"] for fault in result["faults"]]
+    assert len(result["nodes"]) == 3 + struck.count("join-node")
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
     assert "am-chaos" not in left.stdout
