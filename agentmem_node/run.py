@@ -11,8 +11,10 @@ import socket
 import sys
 from collections.abc import Callable
 
+from agentmem_cluster import failpoints
 from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.raft.applying import LogBehind
+from agentmem_cluster.realtime import RealFaults
 from agentmem_node.api.server import HttpServer
 from agentmem_node.config import Config, ConfigError, check_startup, split_address
 from agentmem_node.observe.logs import set_up_logging
@@ -45,6 +47,11 @@ def serve(config: Config, *, announce: Callable[[str], None]) -> int:
         announce(f"error: {error}")
         return EXIT_CONFIG
     set_up_logging(config.node.log_level, config.node.log_format)
+    try:
+        failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), RealFaults())
+    except failpoints.WrongPlan as error:
+        announce(f"error: {failpoints.VARIABLE}: {error.message} {error.hint}")
+        return EXIT_CONFIG
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     import uvloop
 

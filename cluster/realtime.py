@@ -7,8 +7,10 @@ import errno
 import fcntl
 import os
 import random
+import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 # Apple's fsync leaves data in the drive's cache; this request does not.
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
@@ -139,3 +141,14 @@ class RealDisk:
         if path.startswith("/") or ".." in path.split("/"):
             raise ValueError(f"{path!r} is not a path within the disk")
         return self.root / path
+
+
+class RealFaults:
+    """What `agentmem_cluster.failpoints` does to this process."""
+
+    def crash(self) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(128 + signal.SIGKILL)  # not reached: the kernel ends the caller first
+
+    def stall(self, seconds: float) -> None:
+        time.sleep(seconds)

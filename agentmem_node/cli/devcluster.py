@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -67,7 +67,8 @@ class DevCluster:
     """`nodes` processes with their data below `data`. `port` None: free ones are found.
 
     `settings` are configuration keys for every node, `{"raft.heartbeat_ms": 50}`; `environment`
-    adds variables. Node numbers start at 1. Not for use by several threads.
+    adds variables, `program` is what takes the commands of `agentmem`. Node numbers start at 1.
+    Not for use by several threads.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class DevCluster:
         name: str = "dev",
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "agentmem_node.cli.main"),
     ) -> None:
         self.data = data
         self.nodes = layout(data, nodes, free_port(nodes) if port is None else port)
         self._name = name
         self._settings = dict(settings or {})
         self._environment = dict(environment or {})
+        self._program = program
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._expected_ends: set[str] = set()
         self._pipe: tuple[int, int] | None = None
@@ -231,14 +234,23 @@ class DevCluster:
     def resume(self, number: int | str) -> None:
         self._running(number).send_signal(signal.SIGCONT)
 
-    def restart(self, number: int | str, *, wait_s: float = READY_S_MAX) -> None:
-        """Start a node that ended, on its own data, and wait until it is ready (0: do not wait)."""
+    def restart(
+        self,
+        number: int | str,
+        *,
+        wait_s: float = READY_S_MAX,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start a node that ended, on its own data, and wait until it is ready (0: do not wait).
+
+        `environment`: further variables, this time only.
+        """
         node = self.node(number)
         if self.is_running(number):
             raise DevClusterError(f"Node {node.id} is running.")
         if not is_free(node.port):
             raise DevClusterError(f"Port {node.port} on {HOST} is in use by something else now.")
-        self._spawn(node)
+        self._spawn(node, environment)
         deadline = time.monotonic() + wait_s
         while wait_s and not is_ready(node):
             for crash in self.crashes():
@@ -271,13 +283,13 @@ class DevCluster:
             raise DevClusterError(f"Node {node.id} is not running.")
         return process
 
-    def _spawn(self, node: NodeFiles) -> None:
+    def _spawn(self, node: NodeFiles, environment: Mapping[str, str] | None = None) -> None:
         if self._pipe is None:
             raise DevClusterError("The cluster is not started.")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_VARIABLES)}
         reading_end = self._pipe[0]
         command = [
-            *(sys.executable, "-m", "agentmem_node.cli.main", "serve"),
+            *(*self._program, "serve"),
             *("--config", str(node.config), "--parent-pipe", str(reading_end)),
         ]
         with node.log.open("ab") as log:
@@ -286,7 +298,7 @@ class DevCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**kept, **self._environment},
+                env={**kept, **self._environment, **(environment or {})},
                 pass_fds=(reading_end,),
                 start_new_session=True,
             )

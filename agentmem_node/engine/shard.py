@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from agentmem_cluster.epochs.commands import EpochState
 from agentmem_cluster.errors import DiskFull, InternalError
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.raft.api import Entry
 from agentmem_node.engine.apply import apply_command
 from agentmem_node.engine.reads import StoreSource, memory_of, scope_of
@@ -122,6 +123,7 @@ class Shard:
         cost = [_cost(entry.command, write) for entry, write in zip(entries, writes, strict=True)]
         env = self._store.env
         env.reserve(sum(cost))
+        failpoint("apply.before_batch")
         results = []
         changes: list[Change] = []
         to_come = sum(cost)
@@ -136,6 +138,7 @@ class Shard:
             self._store.scopes.flush()
             if changes and self._index is not None:
                 self._index.apply(changes)
+            failpoint("apply.after_batch")
         except BaseException as error:
             self._failure = error
             raise

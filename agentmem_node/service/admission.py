@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from agentmem_cluster.epochs.record import Held, LocalRecord
 from agentmem_cluster.epochs.replicas import folder_name
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.raft.api import GROUP_META
 from agentmem_cluster.runtime import Disk, Rng
 from agentmem_node.service.view import View
@@ -60,5 +61,7 @@ def admit(record: LocalRecord, view: View, node_id: str, disk: Disk) -> bool:
             record.close(info.id, info.epoch)
         record.close(GROUP_META, 1 if view.meta is None else view.meta.epoch)
     record.is_admitted = True
+    failpoint("admission.before_record")
     record.save(disk)
+    failpoint("admission.after_record")
     return known is not None and not is_known_disk

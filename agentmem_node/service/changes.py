@@ -15,6 +15,7 @@ from agentmem_cluster.epochs import conductor as do
 from agentmem_cluster.epochs.change import Change, Phase
 from agentmem_cluster.epochs.reports import Report
 from agentmem_cluster.errors import AgentMemError
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import begin_change, end_change, found_epoch, redirect_change
 from agentmem_cluster.runtime import Clock
@@ -82,7 +83,9 @@ class Changes:
 
     async def begin(self, change: Change) -> str:
         """Have the meta group begin a change. Returns what stands in its way, "" for nothing."""
+        failpoint("changes.before_begin")
         outcome = await self._membership.propose(begin_change(change))
+        failpoint("changes.after_begin")
         await self._membership.tell_all()
         return "" if outcome.ok else outcome.message
 
@@ -135,22 +138,30 @@ class Changes:
         match step:
             case do.Stage(node, shard, source):
                 body = {"change": change.to_wire(), "shard": shard, "source": source}
+                failpoint("changes.before_stage")
                 await self._call(node, "replica.stage", body)
+                failpoint("changes.after_stage")
             case do.Checkpoint(node):
                 await self._call(node, "replica.checkpoint", _old(change))
             case do.SealOld(node):
                 log.info("sealing epoch %d of %s", change.from_epoch, change.shard)
+                failpoint("changes.before_seal")
                 await self._call(node, "replica.seal", _old(change))
+                failpoint("changes.after_seal")
             case do.Found(base):
                 log.info("founding epoch %d of %s", change.to_epoch, change.shard)
+                failpoint("changes.before_found")
                 await self._decide(found_epoch(change.id, change.shard, base))
+                failpoint("changes.after_found")
             case do.Redirect(members):
                 log.warning("too few new members of %s came: the old ones stay", change.shard)
                 preferred = change.targets[0].preferred_leader
                 preferred = preferred if preferred in members else members[0]
                 await self._decide(redirect_change(change.id, change.shard, members, preferred))
             case do.Finish():
+                failpoint("changes.before_finish")
                 await self._decide(end_change(change.id, change.shard))
+                failpoint("changes.after_finish")
                 log.info("%s serves epoch %d", change.shard, change.to_epoch)
             case do.GiveUp(reason):
                 log.warning("giving up the change of %s: %s", change.shard, reason)

@@ -17,6 +17,7 @@ from typing import Any, Final
 from zlib import crc32
 
 from agentmem_cluster.errors import AgentMemError, Unavailable, WrongShard
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.runtime import Clock
 from agentmem_node.service.routing import LocalShard
@@ -71,6 +72,7 @@ class Sources:
         now_s = self._clock.monotonic()
         self._leased[name] = _Leased(snapshot, local.info.id, now_s)
         self._follow(local, index)
+        failpoint("copying.source_open")
         return {
             "snapshot": name,
             "bytes": snapshot.size_bytes,
@@ -89,6 +91,7 @@ class Sources:
         number, have = body["number"], body["have"]
 
         def read() -> dict[str, Any]:
+            failpoint("copying.source_chunk")
             data = leased.snapshot.read(number)
             if have is not None and chunk_hash(data) == have:
                 return {"same": True}
@@ -106,6 +109,7 @@ class Sources:
         """`replica.tail`: entries after an index that are applied here."""
         local = self._local(body["shard"], body["epoch"])
         after = body["after"]
+        failpoint("copying.source_tail")
         try:
             entries = local.group.read_log(after, _TAIL_BYTES_MAX)
         except IndexError:
@@ -165,6 +169,7 @@ async def receive(
     was received stays for the next attempt.
     """
     opened = await ask("replica.open", {"shard": shard, "epoch": epoch})
+    failpoint("copying.after_open")
     size_bytes = int(opened["bytes"])
     writer = await asyncio.to_thread(SnapshotWriter, folder, size_bytes)
     try:
@@ -178,7 +183,9 @@ async def receive(
                 if not flying:
                     break
                 done += await flying.pop(0)
+                failpoint("copying.after_chunk")
                 progress(min(done, size_bytes), size_bytes)
+        failpoint("copying.before_finish")
         await asyncio.to_thread(writer.finish, Checkpoint(opened["metas"], opened["state"]))
     finally:
         writer.close()

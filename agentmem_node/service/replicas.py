@@ -21,6 +21,7 @@ from agentmem_cluster.epochs.record import LocalRecord
 from agentmem_cluster.epochs.replicas import ReplicaSet, Served, Staged
 from agentmem_cluster.epochs.reports import Staging
 from agentmem_cluster.errors import AgentMemError, BadRequest, NotLeader, Unavailable
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.raft.applying import LogBehind
@@ -292,9 +293,11 @@ class Replicas:
                 )
             )
             if is_fenced(change.old_members, closed):
+                failpoint("epoch.after_fence")
                 deadline = self._clock.monotonic() + _CALL_S
                 try:
                     await local.group.propose(encode(Begin(info.epoch)), deadline=deadline)
+                    failpoint("epoch.after_begin")
                 except AgentMemError as error:
                     log.info("epoch %d of %s does not begin yet: %s", info.epoch, shard, error)
                 continue
@@ -331,7 +334,9 @@ class Replicas:
         local = self._local(body["shard"], body["epoch"])
         if not local.machine.is_sealed:
             deadline = self._clock.monotonic() + _CALL_S
+            failpoint("epoch.before_seal")
             await local.group.propose(encode(Seal(body["epoch"])), deadline=deadline)
+            failpoint("epoch.after_seal")
 
     async def _on_stage(self, _peer: str, body: dict[str, Any]) -> None:
         """`replica.stage`: begin to copy, or go on with another source."""
@@ -461,11 +466,13 @@ class Replicas:
             entries, applied = await tail(ask, shard, staged.follows, after)
             if self.set.staged.get(staged.info.id) is not staged:
                 return  # it became a replica meanwhile, or is not wanted any more
+            failpoint("copying.after_tail")
             self._apply(staged, machine, entries)
             if machine.is_sealed and staged.follows < staged.info.epoch:
                 if self._is_part(staged):
                     await self._restrict(staged, machine)
                 await self._make_durable(machine)
+                failpoint("copying.after_complete")
                 staged.state = Staging.COMPLETE
                 self.settle()
                 return

@@ -10,6 +10,7 @@ import msgpack
 
 from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.errors import AgentMemError
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.meta import MetaState, NodeInfo
 from agentmem_cluster.runtime import Disk
 from agentmem_cluster.shardmap import ShardMap
@@ -142,6 +143,7 @@ def load_view(disk: Disk) -> tuple[View, tuple[str, ...]] | None:
 def save_view(disk: Disk, view: View, founders: tuple[str, ...]) -> None:
     """Keep it for the next start. That it cannot be kept is logged: the cluster has it."""
     try:
+        failpoint("view.before_write")
         file = disk.open(FILE_NAME + ".new", create=True)
         try:
             data: bytes = msgpack.packb(view.to_wire() | {"voters": founders})
@@ -150,7 +152,9 @@ def save_view(disk: Disk, view: View, founders: tuple[str, ...]) -> None:
             file.datasync()
         finally:
             file.close()
+        failpoint("view.after_write")
         disk.rename(FILE_NAME + ".new", FILE_NAME)
+        failpoint("view.after_rename")
         disk.sync_dir("")
     except OSError as error:
         log.warning("cannot keep a copy of the shard map: %s", error)

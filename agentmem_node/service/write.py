@@ -29,6 +29,7 @@ from agentmem_cluster.errors import (
     MapMoved,
     NotFound,
 )
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.ring import slot_of
 from agentmem_cluster.runtime import Clock, Rng
 from agentmem_cluster.shardmap import ShardInfo
@@ -459,7 +460,9 @@ class Writes:
     async def _replicate(
         self, local: LocalShard, tenant: str, command: bytes, deadline: float
     ) -> Written:
+        failpoint("write.before_propose")
         applied = await local.propose(command, deadline)
+        failpoint("write.after_apply")
         result = applied.result
         if isinstance(result, Mismatch):
             raise Conflict(

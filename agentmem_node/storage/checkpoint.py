@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from agentmem_cluster.errors import InternalError
+from agentmem_cluster.failpoints import failpoint
 
 FILE_NAME: Final = "checkpoint"
 DATA_NAME: Final = "data.mdb"
@@ -53,8 +54,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+    failpoint("checkpoint.before_rename")
     new.replace(folder / FILE_NAME)
+    failpoint("checkpoint.after_rename")
     sync_folder(folder)
+    failpoint("checkpoint.after_dir_sync")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

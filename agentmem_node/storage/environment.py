@@ -42,6 +42,7 @@ from typing import Any, Final
 import lmdb
 
 from agentmem_cluster.errors import DiskFull, InternalError
+from agentmem_cluster.failpoints import failpoint
 from agentmem_node.storage.checkpoint import (
     DATA_NAME,
     Checkpoint,
@@ -84,7 +85,9 @@ class CheckpointJob:
         path = self._folder / DATA_NAME
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
+            failpoint("checkpoint.before_datasync")
             _datasync(fd)
+            failpoint("checkpoint.after_datasync")
         except OSError as error:
             # Not even for want of room may this be tried again: the kernel may have dropped the
             # pages that it could not write, and the next sync would then succeed without them.
@@ -188,7 +191,9 @@ class Environment:
         finally:
             os.close(fd)
         write_checkpoint(new, Checkpoint(metas, state))
+        failpoint("shard.before_rename")
         new.rename(folder)
+        failpoint("shard.after_rename")
         sync_folder(folder.parent)
         return cls(folder, databases, map_bytes)
 
@@ -224,8 +229,10 @@ class Environment:
 
     def _commit(self, state: bytes, reserved: int) -> None:
         try:
+            failpoint("apply.before_commit")
             self.txn.put(_STATE_KEY, state, db=self._state_db)
             self.txn.commit()
+            failpoint("apply.after_commit")
             self.txn = self._env.begin(write=True)
         except lmdb.Error as error:
             raise InternalError(

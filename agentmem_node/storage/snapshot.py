@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agentmem_cluster.errors import InternalError
+from agentmem_cluster.failpoints import failpoint
 from agentmem_node.storage.checkpoint import (
     DATA_NAME,
     Checkpoint,
@@ -134,7 +135,9 @@ class SnapshotWriter:
         write_checkpoint(self._partial, checkpoint)
         if self.folder.exists():
             raise InternalError(f"{self.folder} is there already: a snapshot must not replace it.")
+        failpoint("copying.before_rename")
         self._partial.rename(self.folder)
+        failpoint("copying.after_rename")
         sync_folder(self.folder.parent)
 
     def close(self) -> None:

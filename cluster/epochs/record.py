@@ -19,6 +19,7 @@ from zlib import crc32
 import msgpack
 
 from agentmem_cluster.errors import AgentMemError
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.runtime import Disk
 
 FORMAT: Final = 1
@@ -81,6 +82,7 @@ class LocalRecord:
                 "closed": dict(sorted(self.closed.items())),
             }
         )
+        failpoint("record.before_write")
         file = disk.open(f"{FILE_NAME}.new", create=True)
         try:
             file.truncate(0)
@@ -88,7 +90,9 @@ class LocalRecord:
             file.datasync()
         finally:
             file.close()
+        failpoint("record.after_write")
         disk.rename(f"{FILE_NAME}.new", FILE_NAME)
+        failpoint("record.after_rename")
         disk.sync_dir("")
 
     @classmethod

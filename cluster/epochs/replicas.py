@@ -28,6 +28,7 @@ from agentmem_cluster.epochs.reports import (
     StagedReplica,
     Staging,
 )
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.raft.api import GroupSpec, GroupStatus, StateMachine
 from agentmem_cluster.runtime import Disk
 from agentmem_cluster.shardmap import ShardInfo, ShardMap
@@ -237,12 +238,15 @@ class ReplicaSet:
 
     def _take_part(self, info: ShardInfo, folder: str, state: EpochAware, base: Base) -> None:
         before = self.served.get(info.id)
+        failpoint("replicas.before_record")
         self.record.hold(info.id, Held(info.epoch, folder, base.index, base.term))
         self.record.save(self._disk)
+        failpoint("replicas.after_record")
         if before is not None:
             self._stop(before)
             if before.machine.inner is not state:
                 self._states.release(info.id, before.folder, before.machine.inner)
+            failpoint("replicas.after_stop")
         spec = GroupSpec(
             info.id, info.epoch, info.members, info.preferred_leader, base.index, base.term
         )
@@ -257,6 +261,7 @@ class ReplicaSet:
         except BaseException:
             del self.served[info.id]
             raise
+        failpoint("replicas.after_add_group")
         self._on_served(served, group)
 
     def _stop(self, served: Served) -> None:
@@ -269,11 +274,14 @@ class ReplicaSet:
         served = self.served[shard]
         self._close(shard, epoch)
         log.info("leaves %s, which is at epoch %d elsewhere", shard, epoch + 1)
+        failpoint("replicas.after_leave")
         self._states.release(shard, served.folder, served.machine.inner)
 
     def _close(self, shard: str, epoch: int) -> None:
+        failpoint("replicas.before_close")
         self.record.close(shard, epoch)
         self.record.save(self._disk)
+        failpoint("replicas.after_close")
         served = self.served.get(shard)
         if served is not None:
             self._stop(served)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.journal.segments import Tidying
 from agentmem_cluster.runtime import File
 
@@ -56,9 +57,13 @@ class FlushJob:
         begun_s = self._journal.now_s()
         if self.erased_file is not None:
             self.erased_file.datasync()
+        failpoint("journal.before_sync")
         file.datasync()
+        failpoint("journal.after_sync")
         if self.new_segment:
+            failpoint("journal.before_dir_sync")
             self._journal.sync_names()
+            failpoint("journal.after_dir_sync")
         self.sync_s = self._journal.now_s() - begun_s
         self._journal.mark(self.sequence)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from zlib import crc32
 
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.journal import format as fmt
 from agentmem_cluster.journal.flush import Counters, FlushJob, JournalStats, Stage
 from agentmem_cluster.journal.format import GroupState, JournalCorrupt
@@ -96,6 +97,7 @@ class Journal:
 
     def _make_durable(self) -> None:
         """What was read may stand in the page cache only, which a power loss would not keep."""
+        failpoint("journal.recovered")
         found = self.recovered
         for number in self._segments.numbers():
             if number < found.segment:
@@ -195,6 +197,7 @@ class Journal:
         block, crc = self._block(segment, sequence + 1, previous, rows, contents)
         head = b""
         if self._must_roll or offset + len(block) > self._segments.size(segment):
+            failpoint("journal.before_roll")
             segment, offset = segment + 1, 0
             head, previous = self._snapshot(segment, sequence + 1, previous)
             sequence += 1
@@ -205,7 +208,9 @@ class Journal:
         job.file = self._segments.make(segment, offset + len(job.data))
         self._erase_half_written(job, segment)
         self._half_written = (segment, offset)
+        failpoint("journal.before_write")
         job.file.pwrite(job.data, offset)
+        failpoint("journal.after_write")
         # Nothing above changed the journal, so an OSError left it as it was.
         self._half_written = None
         job.sequence = self._sequence = sequence + 1
@@ -290,7 +295,9 @@ class Journal:
     def mark(self, sequence: int) -> None:
         """Say that blocks ..sequence are synced. Not synced itself: it is evidence, no promise."""
         try:
+            failpoint("journal.before_mark")
             self._mark.pwrite(fmt.encode_mark(sequence), 0)
+            failpoint("journal.after_mark")
         except OSError as refused:
             if not is_no_space(refused):
                 raise

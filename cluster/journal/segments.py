@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.runtime import Disk, File
 
 _NAME = re.compile(r"([0-9]{16})\.seg")
@@ -106,12 +107,15 @@ class Tidying:
             # One a flush: giving 64 MiB back takes the file system milliseconds, and replies wait.
             segments, number = self._segments, self._dead[0]
             if self._next is not None and segments.size(number) == segments.segment_bytes:
+                failpoint("journal.before_recycle")
                 segments.disk.rename(segments.name(number), segments.name(self._next))
+                failpoint("journal.after_recycle")
                 # Before anything is written to it: a power loss may bring the old name back,
                 # and what then stands there must be what stood there.
                 segments.disk.sync_dir(segments.path)
                 self._recycled = number
             else:
+                failpoint("journal.before_remove")
                 segments.disk.remove(segments.name(number))
                 self._removed = number
             self._dead = self._dead[1:]
@@ -134,6 +138,7 @@ class Tidying:
             if not is_no_space(refused):
                 raise
             return
+        failpoint("journal.after_allocate")
         self._made = file
 
     def finish(self) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.frames import BadFrame, FrameDecoder, encode_frame
 from agentmem_cluster.link import wire
 from agentmem_cluster.link.identity import Identity, identity_of
@@ -173,6 +174,7 @@ class Connection(asyncio.Protocol):
         self._out_bytes = 0
         self.sent_bytes += len(data)
         if not self._transport.is_closing():
+            failpoint("link.before_send")
             self._transport.write(data)
 
     def _send_now(self, value: Any) -> None:

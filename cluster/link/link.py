@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmem_cluster.errors import Unavailable
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.link import wire
 from agentmem_cluster.link.calls import Calls, Handler
 from agentmem_cluster.link.connection import Connection, LinkLimits
@@ -263,6 +264,7 @@ class Link:
         self._sessions[peer] = max(connection.session, self._sessions.get(peer, 0))
         self._up[peer] = (connection, Calls(connection, self._handlers, self.limits))
         self._refusals.pop(peer, None)
+        failpoint("link.after_accept")
         log.info("link: node %s is connected (session %d)", peer, connection.session)
         self.on_up(peer, connection.session)
 

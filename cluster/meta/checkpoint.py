@@ -9,6 +9,7 @@ from zlib import crc32
 import msgpack
 
 from agentmem_cluster.errors import AgentMemError
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.meta.commands import FORMAT
 from agentmem_cluster.runtime import Disk
 
@@ -42,7 +43,9 @@ class MetaCheckpoint:
             file.datasync()
         finally:
             file.close()
+        failpoint("meta.before_rename")
         self._disk.rename(unfinished, f"{self._path}/state")
+        failpoint("meta.after_rename")
         self._disk.sync_dir(self._path)
 
 

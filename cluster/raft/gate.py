@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from agentmem_cluster.failpoints import failpoint
+
 # Raft repeats whatever is lost, so beyond this what waits for a stuck disk is let go.
 HELD_MAX = 65_536
 
@@ -61,6 +63,7 @@ class Gate:
         while self._held and self._held[0][0] <= self._ended:
             _, peer, frame = self._held.popleft()
             self._let(peer, frame)
+        failpoint("gate.after_release")
 
     def say(self, peer: str, frame: list[Any]) -> None:
         """A frame that is true whatever happens to this node's disk."""

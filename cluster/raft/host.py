@@ -20,6 +20,7 @@ from agentmem_cluster.errors import (
     Unavailable,
     WrongShard,
 )
+from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, GroupStatus, Role, StateMachine
 from agentmem_cluster.raft.checkpoints import CheckpointJob
 from agentmem_cluster.raft.core import NodeCore, NodeJournal, Ready
@@ -163,6 +164,7 @@ class Host:
         if self._link is None:
             return
         for peer, frames in self.core.take_outbox():
+            failpoint("outbox.before_send")
             for burst in bursts(frames, BURST_BYTES_MAX):
                 self._link.send_raft(peer, burst)  # what is refused, Raft says again
 
