@@ -7,7 +7,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint check format sim soak chaos bench bench-recall lock clean
+.PHONY: help setup demo serve test lint check format sim failpoints soak chaos bench bench-recall lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ format: setup ## let ruff rewrite what it can
 
 sim: setup ## 200 simulated worlds with faults
 	@$(BIN)/agentmem-chaos sim --worlds 200
+
+failpoints: setup ## end real nodes at every failpoint, under load (ten minutes)
+	@AGENTMEM_TEST_FAILPOINTS=all $(BIN)/python -m pytest tests/failpoints
 
 soak: setup ## 5,000 simulated worlds
 	@$(BIN)/agentmem-chaos sim --worlds 5000
