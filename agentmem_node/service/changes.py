@@ -72,8 +72,12 @@ class Changes:
         wanted = {}
         if self._membership.leads and self._membership.view is not None:
             wanted = {change.id: change for change in self._membership.view.changes.values()}
-        for change_id in [c for c in self._tasks if c not in wanted or self._tasks[c].done()]:
-            self._tasks.pop(change_id).cancel()
+        for change_id, task in list(self._tasks.items()):
+            # One whose change is over ends by itself: it may be telling the others of that end.
+            if self._membership.leads and not task.done():
+                continue
+            task.cancel()
+            del self._tasks[change_id]
             self.reports.pop(change_id, None)
         for change_id, change in wanted.items():
             if change_id not in self._tasks:
