@@ -51,17 +51,19 @@ def admit(record: LocalRecord, view: View, node_id: str, disk: Disk) -> bool:
     is_old_disk = known is not None and known.incarnation == "" and record.is_admitted
     if record.is_admitted and (known is None or is_known_disk or is_old_disk):
         return False
-    if known is not None and not is_known_disk:
+    is_lost_disk = known is not None and not is_known_disk
+    if is_lost_disk:
         log.warning(
             "the cluster knows node %s with another disk: what was on it is taken as lost, and is "
             "copied from other nodes",
             node_id,
         )
-        for info in view.map.shards.values():
-            record.close(info.id, info.epoch)
-        record.close(GROUP_META, 1 if view.meta is None else view.meta.epoch)
-    record.is_admitted = True
     failpoint("admission.before_record")
-    record.save(disk)
+    with record.kept(disk):
+        if is_lost_disk:
+            for info in view.map.shards.values():
+                record.close(info.id, info.epoch)
+            record.close(GROUP_META, 1 if view.meta is None else view.meta.epoch)
+        record.is_admitted = True
     failpoint("admission.after_record")
-    return known is not None and not is_known_disk
+    return is_lost_disk

@@ -26,6 +26,7 @@ from agentmem_cluster.meta import (
     put_node,
 )
 from agentmem_cluster.raft.api import GROUP_META
+from agentmem_cluster.raft.checkpoints import is_full
 from agentmem_cluster.raft.host import AsyncGroup, Host
 from agentmem_cluster.runtime import Clock, Disk, Rng
 from agentmem_cluster.shardmap import ShardMap
@@ -180,15 +181,20 @@ class Membership:
         registered = False
         while True:
             self._changed.clear()
-            if self._meta is None:
-                await self._join_meta()
-            view = await self._fetch()
-            if view is not None:
-                if view.is_newer_than(self.view):
+            try:
+                if self._meta is None:
+                    await self._join_meta()
+                view = await self._fetch()
+                if view is not None and view.is_newer_than(self.view):
                     await self._adopt(view)
-                await self._mind_the_vote()
-                if not registered or view.nodes.get(self._node_id) != self._own:
-                    registered = await self._register()
+                await self._voters.step(self.view)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                log.warning("cannot write what this node takes part in: %s; trying again", error)
+                view = None
+            if view is not None and (not registered or view.nodes.get(self._node_id) != self._own):
+                registered = await self._register()
             settled = view is not None and registered
             await self._learn_leaders()
             try:
@@ -196,12 +202,6 @@ class Membership:
                     await self._changed.wait()
             except TimeoutError:
                 pass
-
-    async def _mind_the_vote(self) -> None:
-        try:
-            await self._voters.step(self.view)
-        except OSError as error:
-            log.warning("cannot change what this node votes on: %s; trying again", error)
 
     async def _join_meta(self) -> None:
         """Found the meta group with others that have nothing, or take the founder's place in it."""

@@ -138,7 +138,12 @@ class Replicas:
             shard.abandon()
 
     def learn(self, shard_map: ShardMap, changes: dict[str, Change]) -> None:
-        self._put_aside_what_fails(lambda: self.set.learn(shard_map, changes))
+        """Take part in what can be taken part in now; what this disk refuses is tried again."""
+        try:
+            self._put_aside_what_fails(lambda: self.set.learn(shard_map, changes))
+        except OSError as error:
+            # The view is adopted all the same: it says where everything else is.
+            log.warning("cannot change what this node holds: %s; trying again", error)
         self.poke()
 
     def poke(self) -> None:
@@ -233,8 +238,8 @@ class Replicas:
                 log.error("the replica of %s here is of no use: %s", shard, error)
                 self.lost[shard] = str(error)
                 held = self._record.held[shard]
-                self._record.close(shard, held.epoch)
-                self._record.save(self._disk)
+                with self._record.kept(self._disk):
+                    self._record.close(shard, held.epoch)
 
     def _serving_member(self, info: ShardInfo) -> str | None:
         leader = self._routing.leader_of(info.id)
@@ -474,14 +479,14 @@ class Replicas:
                 await self._make_durable(machine)
                 failpoint("copying.after_complete")
                 staged.state = Staging.COMPLETE
-                self.settle()
+                self.poke()  # not settled here: that the record cannot be written fails no copy
                 return
             if applied - machine.inner.applied_index > 0 and entries:
                 continue
             staged.state = Staging.FOLLOWING
             if staged.follows == staged.info.epoch:
                 await self._make_durable(machine)
-                self.settle()
+                self.poke()
             elif self._clock.monotonic() >= durable_s:
                 await self._make_durable(machine)  # so that little is left after the seal
                 durable_s = self._clock.monotonic() + _DURABLE_EVERY_S

@@ -69,8 +69,8 @@ class Voters:
 
     def found(self) -> None:
         """Take a founder's place, with nothing. Raises OSError."""
-        self._record.hold(GROUP_META, Held(1, META_FOLDER))
-        self._record.save(self._disk)
+        with self._record.kept(self._disk):
+            self._record.hold(GROUP_META, Held(1, META_FOLDER))
         self.open()
 
     def open(self) -> None:
@@ -204,16 +204,16 @@ class Voters:
         folder = f"{META_FOLDER}-e{epoch}"
         machine = MetaStateMachine.install(self._disk, folder, image)
         held = Held(epoch, folder, index, term)
-        self._record.hold(GROUP_META, held)
-        self._record.save(self._disk)
+        with self._record.kept(self._disk):
+            self._record.hold(GROUP_META, held)
         self._stop()
         self._serve(held, machine)
         self._host.wake()
         log.info("votes in epoch %d of the meta group", epoch)
 
     def _leave(self, epoch: int) -> None:
-        self._record.close(GROUP_META, epoch)
-        self._record.save(self._disk)
+        with self._record.kept(self._disk):
+            self._record.close(GROUP_META, epoch)
         self._stop()
         log.info("votes no more: the meta group is at epoch %d elsewhere", epoch + 1)
 

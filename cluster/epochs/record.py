@@ -12,6 +12,8 @@ file is written, and synced, *before* a replica takes part in an epoch or leaves
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 from zlib import crc32
@@ -71,6 +73,20 @@ class LocalRecord:
         return self.held.pop(group)
 
     # -- on disk -------------------------------------------------------------------------------
+
+    @contextmanager
+    def kept(self, disk: Disk) -> Iterator[None]:
+        """What is changed within is on disk afterwards, or is as it was. Raises OSError.
+
+        What only memory says is what a crash makes this node forget: nobody may act on it.
+        """
+        before = self.is_admitted, dict(self.held), dict(self.closed)
+        try:
+            yield
+            self.save(disk)
+        except BaseException:
+            self.is_admitted, self.held, self.closed = before
+            raise
 
     def save(self, disk: Disk) -> None:
         """Replace the file, durably. Raises OSError; the old one then stands."""

@@ -162,7 +162,12 @@ class ReplicaSet:
             return
         if served is None and held is None and info.epoch == 1 and self._may_hold(shard, 1):
             folder = folder_name(shard, 1)
-            self._take_part(info, folder, self._states.open(shard, folder), Base(0, 0))
+            state = self._states.open(shard, folder)
+            try:
+                self._take_part(info, folder, state, Base(0, 0))
+            except OSError:
+                state.close()  # the next attempt opens it again
+                raise
             return
         base = self._base_of(info)
         staged = self.staged.get(shard)
@@ -233,14 +238,14 @@ class ReplicaSet:
         if self._is_restored(info) and machine.inner.applied_index != base.index:
             self._states.rebase(machine.inner, base.index, info.epoch - 1)
             return  # until that is on disk
-        del self.staged[info.id]
         self._take_part(info, staged.folder, machine.inner, base)
+        del self.staged[info.id]
 
     def _take_part(self, info: ShardInfo, folder: str, state: EpochAware, base: Base) -> None:
         before = self.served.get(info.id)
         failpoint("replicas.before_record")
-        self.record.hold(info.id, Held(info.epoch, folder, base.index, base.term))
-        self.record.save(self._disk)
+        with self.record.kept(self._disk):
+            self.record.hold(info.id, Held(info.epoch, folder, base.index, base.term))
         failpoint("replicas.after_record")
         if before is not None:
             self._stop(before)
@@ -279,8 +284,8 @@ class ReplicaSet:
 
     def _close(self, shard: str, epoch: int) -> None:
         failpoint("replicas.before_close")
-        self.record.close(shard, epoch)
-        self.record.save(self._disk)
+        with self.record.kept(self._disk):
+            self.record.close(shard, epoch)
         failpoint("replicas.after_close")
         served = self.served.get(shard)
         if served is not None:
@@ -297,8 +302,8 @@ class ReplicaSet:
         served = self.served.get(shard)
         if served is None or served.info.epoch > epoch:
             if self.record.closed.get(shard, 0) < epoch:
-                self.record.close(shard, epoch)
-                self.record.save(self._disk)
+                with self.record.kept(self._disk):
+                    self.record.close(shard, epoch)
             return True
         if served.machine.is_sealed and self._keeps_its_state_of(shard):
             return False  # its checkpoint is under way; then it goes on with the next epoch

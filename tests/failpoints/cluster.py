@@ -115,6 +115,15 @@ class FaultyCluster(DevCluster):
     def ends_at(self, name: str, point: str) -> None:
         until(lambda: self.crashed(name, point), CRASH_S, f"{name} passes {point}")
 
+    def met(self, name: str, point: str) -> None:
+        """Wait until the node came by a point that is armed with an error."""
+        log = self.node(name).log
+        until(
+            lambda: f"failpoint {point}: an error" in log.read_text(errors="replace"),
+            CRASH_S,
+            f"{name} passes {point}",
+        )
+
     def any_ends_at(self, point: str) -> str:
         """The first node that does."""
         return until(

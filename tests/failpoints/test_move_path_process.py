@@ -185,3 +185,40 @@ def test_a_move_is_completed_although_every_node_is_slow_at_every_point(
     assert state == "done"
     check(cluster, move, state)
     load.nothing_is_lost(cluster.urls)
+
+
+FULL_SHORT = [("joiner", "record.before_write")]
+FULL_LONG = [
+    ("joiner", "record.after_write"),
+    ("stayer", "record.before_write"),
+    ("leaver", "record.after_write"),
+    ("joiner", "copying.after_chunk"),
+    ("joiner", "copying.before_finish"),
+    ("joiner", "checkpoint.before_rename"),
+    ("joiner", "view.before_write"),
+    ("joiner", "view.after_write"),
+    ("conductor", "meta.before_rename"),
+    ("stayer", "checkpoint.before_rename"),
+]
+
+
+@pytest.mark.parametrize(("role", "point"), [*FULL_SHORT, *FULL_LONG] if IS_LONG else FULL_SHORT)
+def test_a_disk_that_is_full_during_a_move_is_waited_out(
+    cluster: FaultyCluster, role: str, point: str
+) -> None:
+    move = planned(cluster, "s00")
+    victims = ROLES[role](move)
+    with Load(cluster.urls, f"full-{role}-{point}") as load:
+        for name in victims:
+            cluster.command(name, "arm", plan=f"{point}=error:ENOSPC")
+        operation = begin(cluster, move, victims)
+        for name in victims:
+            cluster.met(name, point)
+        load.more(50)  # the cluster serves, whatever one node cannot write
+        for name in victims:
+            cluster.disarm(name)
+        state = over(cluster, operation)
+        load.more(10)
+    check(cluster, move, state)
+    assert all(cluster.is_running(name) for name in victims)
+    load.nothing_is_lost(cluster.urls)

@@ -61,12 +61,15 @@ def test_crashes_on_the_way_of_a_write_lose_nothing(
     load.nothing_is_lost(cluster.urls)
 
 
+RECOVERY = ("journal.recovered", "link.after_accept")
+
+
 def test_a_crash_in_recovery_is_recovered_from(cluster: FaultyCluster) -> None:
     victim = cluster.names[0]
     with Load(cluster.urls, "recovery") as load:
         cluster.kill(victim)
         load.more(10)
-        for point in ("journal.recovered", "link.after_accept"):
+        for point in RECOVERY:
             plan = {"AGENTMEM_CHAOS_FAILPOINTS": f"{point}=crash"}
             cluster.restart(victim, wait_s=0, environment=plan)
             cluster.ends_at(victim, point)
@@ -109,3 +112,26 @@ def test_a_cluster_whose_founders_all_end_while_they_found_it_is_founded_all_the
             load.more(20)
         cluster.soundly()
         load.nothing_is_lost(cluster.urls)
+
+
+BROKEN = ("journal.before_sync", "journal.before_write", "checkpoint.before_datasync")
+
+
+@pytest.mark.skipif(not IS_LONG, reason="`make failpoints` runs it")
+@pytest.mark.parametrize("point", BROKEN)
+def test_a_node_whose_disk_fails_stops_by_itself_and_nothing_is_lost(
+    cluster: FaultyCluster, point: str
+) -> None:
+    shard = f"s0{BROKEN.index(point) % 2}"
+    with Load(cluster.urls, f"broken-{point}") as load:
+        victim = until(lambda: cluster.leader_of(shard), 15.0, f"a leader of {shard}")
+        cluster.command(victim, "arm", plan=f"{point}=error:EIO@1")
+        cluster.met(victim, point)
+        until(lambda: not cluster.is_running(victim), 15.0, f"{victim} stops")
+        (crash,) = cluster.crashes()
+        assert (crash.node, crash.exit_code) == (victim, 1)
+        load.more(10)
+        cluster.restart(victim)
+        load.more(10)
+    cluster.soundly()
+    load.nothing_is_lost(cluster.urls)
