@@ -133,7 +133,10 @@ class FaultyCluster(DevCluster):
         )
 
     def soundly(self) -> None:
-        """Wait until everybody serves one map, nothing is going on, and every invariant holds."""
+        """Wait until everybody serves one map, nothing is going on, and every invariant holds.
+
+        To be called when nothing is written: replicas are compared.
+        """
         said: list[Any] = []
 
         def sound() -> bool:
@@ -148,7 +151,8 @@ class FaultyCluster(DevCluster):
                 if "running" in view["operations"].values():
                     return False
                 mine = {s: epoch for s, (epoch, nodes) in view["map"].items() if name in nodes}
-                if view["here"] != mine:
+                # Served, and on its disk: what only memory knows, the next crash would undo.
+                if view["here"] != mine or view["held"] != mine:
                     return False
             for name in self.names:
                 said.append(self.command(name, "check"))

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import agentmem_node.run
+from agentmem_cluster.epochs.record import LocalRecord
 from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.failpoints import arm
-from agentmem_cluster.realtime import RealFaults
+from agentmem_cluster.raft.api import GROUP_META
+from agentmem_cluster.realtime import RealDisk, RealFaults
 from agentmem_node.cli.main import main
 from agentmem_node.model.operations import OperationWish
 from agentmem_node.service.contract import Caller
@@ -61,6 +63,8 @@ class CommandedNode(Node):
         """What this node believes: of the map, of what is going on, and of its own part in it."""
         assert self._membership is not None
         view = self._membership.view
+        record = LocalRecord.load(RealDisk(self.config.node.data_dir))
+        held = {} if record is None else record.held
         if view is None:
             return {"is_founded": False}
         return {
@@ -70,6 +74,7 @@ class CommandedNode(Node):
             "changes": sorted(view.changes),
             "operations": {o.id: o.state for o in self._operations.stored(view)},
             "here": {shard: local.info.epoch for shard, local in self._routing.local.items()},
+            "held": {shard: one.epoch for shard, one in held.items() if shard != GROUP_META},
             "leads": sorted(s for s, local in self._routing.local.items() if local.group.is_leader),
         }
 

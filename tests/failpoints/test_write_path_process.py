@@ -61,6 +61,30 @@ def test_crashes_on_the_way_of_a_write_lose_nothing(
     load.nothing_is_lost(cluster.urls)
 
 
+ALL_AT_ONCE = tuple(p for p in (*SHORT, *LONG) if IS_LONG or p == "journal.before_write")
+
+
+@pytest.mark.parametrize("point", ALL_AT_ONCE)
+def test_all_nodes_that_end_at_once_have_what_was_acknowledged(
+    cluster: FaultyCluster, point: str
+) -> None:
+    """No other replica is left to learn it from: every promise was on a disk."""
+    with Load(cluster.urls, f"all-{point}") as load:
+        for name in cluster.names:
+            # Not at the first pass, so that all are armed when the first of them ends.
+            cluster.command(name, "arm", plan=f"{point}=crash@5")
+        cluster.any_ends_at(point)
+        for name in cluster.names:
+            if not cluster.crashed(name, point):
+                cluster.kill(name)
+        for name in cluster.names:
+            cluster.restart(name, wait_s=0)
+        cluster.wait_ready()
+        load.more(10)
+    cluster.soundly()
+    load.nothing_is_lost(cluster.urls)
+
+
 RECOVERY = ("journal.recovered", "link.after_accept")
 
 
