@@ -38,6 +38,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "agentmem_node.storage": NODE_BASE,
     "agentmem_node.index": (*NODE_BASE, "agentmem_node.storage"),
     "agentmem_node.engine": (*NODE_BASE, "agentmem_node.storage", "agentmem_node.index"),
+    "agentmem_node.backup": (
+        *NODE_BASE,
+        "agentmem_node.storage",
+        "agentmem_node.index",
+        "agentmem_node.engine",
+    ),
     "agentmem_node.providers": (*NODE_BASE, "agentmem_node.config", "agentmem_node.config_keys"),
     "agentmem_node.security": (*NODE_BASE, "agentmem_node.config", "agentmem_node.config_keys"),
     "agentmem_node.observe": (*NODE_BASE, "agentmem_node.config", "agentmem_node.config_keys"),

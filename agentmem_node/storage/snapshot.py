@@ -40,13 +40,20 @@ def chunk_hash(data: bytes) -> bytes:
 class StorageSnapshot:
     """The shard as of one applied entry. To be closed: its pages are not reused while it lives.
 
-    `read` may be called in any thread until `close`.
+    `read` may be called in any thread until `close`. `reader` is the LMDB transaction that sees
+    this moment; one thread at a time may read rows through it.
     """
 
     def __init__(
-        self, path: Path, checkpoint: Checkpoint, size_bytes: int, unpin: Callable[[], None]
+        self,
+        path: Path,
+        checkpoint: Checkpoint,
+        size_bytes: int,
+        unpin: Callable[[], None],
+        reader: Any = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.reader = reader
         self.size_bytes = size_bytes
         self._unpin: Callable[[], None] | None = unpin
         # A descriptor that is closed while another thread reads may be another file's by then.
@@ -111,11 +118,16 @@ class SnapshotWriter:
 
     def hash_of(self, number: int) -> bytes | None:
         """Of what stands at that chunk's place; None when there is nothing."""
+        standing = self.standing(number)
+        return None if standing is None else chunk_hash(standing)
+
+    def standing(self, number: int) -> bytes | None:
+        """What an earlier writer left at that chunk's place."""
         start = number * CHUNK_BYTES
         if start >= self._had_bytes:
             return None
         wanted = min(CHUNK_BYTES, self.size_bytes - start)
-        return chunk_hash(os.pread(self._fd, wanted, start))
+        return os.pread(self._fd, wanted, start)
 
     def write(self, number: int, data: bytes) -> None:
         """Raises OSError, ValueError when the chunk has the wrong length."""
@@ -168,7 +180,7 @@ def discard(folder: Path) -> None:
 def pinned(path: Path, checkpoint: Checkpoint, size_bytes: int, reader: Any) -> StorageSnapshot:
     """A snapshot whose pages the LMDB transaction `reader` keeps from being reused."""
     try:
-        return StorageSnapshot(path, checkpoint, size_bytes, reader.abort)
+        return StorageSnapshot(path, checkpoint, size_bytes, reader.abort, reader)
     except BaseException:
         reader.abort()
         raise

@@ -1,0 +1,1 @@
+"""Backups: a store of objects, chunks, manifests, the archived log, and the way back."""

@@ -1,0 +1,261 @@
+"""The archived log: every committed entry of every shard, for the moments between two backups.
+
+    log/<cluster id>/<shard>/e<epoch>/<first index>-<last index>
+
+A segment is one object, written once: a head with its bounds and times, then the entries,
+compressed, then the checksum of both. Two nodes that lead a shard one after the other may write
+segments that overlap; the entries in them are the same, because they are committed.
+
+Times: a command carries the time at which it was decided (`at_ms`) on some node's clock. What
+counts is the running maximum, which never goes back; the shard's own ledger keeps the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgpack
+import msgspec
+
+from agentmem_cluster.epochs.commands import Seal
+from agentmem_cluster.epochs.commands import decode as decode_control
+from agentmem_cluster.raft.api import Entry
+from agentmem_node.backup.errors import BackupMissing, RestoreImpossible, damaged
+from agentmem_node.backup.objects import ObjectStore
+from agentmem_node.model.commands import Write, decode
+
+PREFIX: Final = "log/"
+REACHED_PREFIX: Final = "archived/"
+_NAME: Final = re.compile(
+    r"log/([A-Za-z0-9][A-Za-z0-9._-]*)/(s[0-9]{2,5})/e([0-9]{10})/([0-9]{20})-([0-9]{20})"
+)
+_MAGIC: Final = b"AML1"
+_SUM_BYTES: Final = 32
+_LEVEL: Final = 1
+# A segment holds what a read of the journal gave: a few MiB. The bound is for damaged ones.
+_PLAIN_BYTES_MAX: Final = 256 << 20
+
+
+class Segment(NamedTuple):
+    """What a segment's name says."""
+
+    cluster_id: str
+    shard: str
+    epoch: int
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        where = f"{PREFIX}{self.cluster_id}/{self.shard}/e{self.epoch:010d}"
+        return f"{where}/{self.first:020d}-{self.last:020d}"
+
+    @classmethod
+    def of_name(cls, name: str) -> Segment | None:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        found = cls(match[1], match[2], int(match[3]), int(match[4]), int(match[5]))
+        return found if 0 < found.first <= found.last else None
+
+
+class Reached(msgspec.Struct, frozen=True):
+    """At `at_ms` on its leader's clock, a shard's log was archived up to entry `last`."""
+
+    epoch: int
+    last: int
+    at_ms: int
+
+
+class Gap(NamedTuple):
+    """Entries `first` to `last` are in no segment: no moment within them can be restored."""
+
+    first: int
+    last: int
+
+
+def pack(segment: Segment, entries: Sequence[Entry]) -> bytes:
+    """The object of a segment. Raises ValueError when the entries are not those of its name."""
+    expected = range(segment.first, segment.last + 1)
+    if [entry.index for entry in entries] != list(expected):
+        raise ValueError(f"{segment.name} is to hold other entries than it was given")
+    rows = [(entry.term, entry.command) for entry in entries]
+    body: bytes = zlib.compress(msgpack.packb(rows), _LEVEL)
+    head: bytes = msgpack.packb(list(segment))
+    data = _MAGIC + len(head).to_bytes(2, "big") + head + body
+    return data + hashlib.blake2b(data, digest_size=_SUM_BYTES).digest()
+
+
+def unpack(segment: Segment, raw: bytes) -> list[Entry]:
+    """Raises BackupDamaged."""
+    name = segment.name
+    data, checksum = raw[:-_SUM_BYTES], raw[-_SUM_BYTES:]
+    if hashlib.blake2b(data, digest_size=_SUM_BYTES).digest() != checksum:
+        raise damaged(name, "its checksum is wrong")
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise damaged(name, "it is no part of an archived log that this version knows")
+    at = len(_MAGIC) + 2
+    end = at + int.from_bytes(data[len(_MAGIC) : at], "big")
+    try:
+        head: Any = msgpack.unpackb(data[at:end])
+        unpacker = zlib.decompressobj()
+        plain = unpacker.decompress(data[end:], _PLAIN_BYTES_MAX)
+        rows: Any = msgpack.unpackb(plain)
+        if head != list(segment) or not unpacker.eof:
+            raise ValueError("it is another segment than its name says")
+        entries = [
+            Entry(segment.first + number, int(term), bytes(command))
+            for number, (term, command) in enumerate(rows)
+        ]
+    except (ValueError, TypeError, zlib.error, msgpack.UnpackException) as error:
+        raise damaged(name, str(error)) from error
+    if len(entries) != segment.last - segment.first + 1:
+        raise damaged(name, "entries are missing in it")
+    return entries
+
+
+def at_ms_of(command: bytes) -> int | None:
+    """The time that a command names; None for what is no write."""
+    write = decode(command)
+    return write.at_ms if isinstance(write, Write) else None
+
+
+class Archive:
+    """The archived log of one cluster in one store."""
+
+    def __init__(self, store: ObjectStore, cluster_id: str) -> None:
+        self._store = store
+        self.cluster_id = cluster_id
+
+    def append(self, shard: str, epoch: int, entries: Sequence[Entry]) -> Segment:
+        """Write entries as one segment, which is durable on return."""
+        segment = Segment(self.cluster_id, shard, epoch, entries[0].index, entries[-1].index)
+        self._store.put_if_absent(segment.name, pack(segment, entries))
+        return segment
+
+    def segments(self, shard: str, epoch: int | None = None, after: str = "") -> list[Segment]:
+        """In the order of epochs, then of entries; those whose name sorts after `after`."""
+        prefix = f"{PREFIX}{self.cluster_id}/{shard}/"
+        if epoch is not None:
+            prefix += f"e{epoch:010d}/"
+        found = (Segment.of_name(item.name) for item in self._store.list(prefix, after))
+        return [segment for segment in found if segment is not None]
+
+    def read(self, segment: Segment) -> list[Entry]:
+        """Raises BackupMissing, BackupDamaged."""
+        return unpack(segment, self._store.get(segment.name))
+
+    def mark(self, shard: str, reached: Reached) -> None:
+        """Say how far the archive of a shard is: an idle shard writes no segments."""
+        self._store.put(self._mark(shard), msgspec.json.encode(reached))
+
+    def reached(self, shard: str) -> Reached | None:
+        """None when nothing of the shard was ever archived. Raises BackupDamaged."""
+        name = self._mark(shard)
+        try:
+            return msgspec.json.decode(self._store.get(name), type=Reached)
+        except BackupMissing:
+            return None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise damaged(name, str(error)) from error
+
+    def _mark(self, shard: str) -> str:
+        return f"{REACHED_PREFIX}{self.cluster_id}/{shard}.json"
+
+    def gaps(self, shard: str, after: int = 0) -> list[Gap]:
+        """What is missing between entry `after` and the end, over all epochs."""
+        return gaps(self.segments(shard), after)
+
+    def entries(
+        self, shard: str, after: int, epoch: int, until_ms: int | None
+    ) -> Iterator[list[Entry]]:
+        """What follows entry `after` of `epoch`, in the history that holds at `until_ms`.
+
+        Batches end before the first entry that may be too late; the caller keeps the running
+        maximum. Raises RestoreImpossible at a gap, BackupDamaged, BackupMissing.
+        """
+        chain = _Chain(self, self.segments(shard), epoch, until_ms)
+        expected = after + 1
+        sealed = 0  # epochs up to here have ended, whatever their segments still hold
+        for segment, end in chain.parts():
+            if segment.last < expected or segment.epoch <= sealed:
+                continue
+            if segment.first > expected:
+                raise gap_error(shard, Gap(expected, segment.first - 1))
+            batch = []
+            for entry in self.read(segment):
+                if not expected <= entry.index <= end:
+                    continue
+                batch.append(entry)
+                expected += 1
+                control = decode_control(entry.command)
+                if isinstance(control, Seal) and control.epoch == segment.epoch:
+                    # What its leader had under way behind the seal never took effect.
+                    sealed = segment.epoch
+                    break
+            if batch:
+                yield batch
+
+
+class _Chain:
+    """Which segments make one history. An epoch that was founded from an older state than the
+    one before it reached (a restore) takes the place of what it did not continue: but only for
+    moments after its own first write."""
+
+    def __init__(
+        self, archive: Archive, segments: list[Segment], epoch: int, until_ms: int | None
+    ) -> None:
+        self._by_epoch: dict[int, list[Segment]] = {}
+        for segment in segments:
+            if segment.epoch >= epoch:
+                self._by_epoch.setdefault(segment.epoch, []).append(segment)
+        if until_ms is None:
+            return
+        for later in sorted(self._by_epoch):
+            if later > epoch and self._begins_after(archive, later, until_ms):
+                self._by_epoch = {e: s for e, s in self._by_epoch.items() if e < later}
+                return
+
+    def _begins_after(self, archive: Archive, epoch: int, until_ms: int) -> bool:
+        for segment in self._by_epoch[epoch]:
+            for entry in archive.read(segment):
+                at_ms = at_ms_of(entry.command)
+                if at_ms is not None:
+                    return at_ms > until_ms
+        return False
+
+    def parts(self) -> Iterator[tuple[Segment, int]]:
+        """(segment, the last entry of it that counts)."""
+        epochs = sorted(self._by_epoch)
+        firsts = {epoch: self._by_epoch[epoch][0].first for epoch in epochs}
+        for epoch in epochs:
+            end = min((firsts[later] for later in epochs if later > epoch), default=None)
+            for segment in self._by_epoch[epoch]:
+                last = segment.last if end is None else min(segment.last, end - 1)
+                if last >= segment.first:
+                    yield segment, last
+
+
+def gaps(segments: Sequence[Segment], after: int = 0) -> list[Gap]:
+    """What is missing behind entry `after`, up to the last entry of `segments`."""
+    found = []
+    expected = after + 1
+    for first, last in sorted((segment.first, segment.last) for segment in segments):
+        if last < expected:
+            continue
+        if first > expected:
+            found.append(Gap(expected, first - 1))
+        expected = last + 1
+    return found
+
+
+def gap_error(shard: str, gap: Gap) -> RestoreImpossible:
+    return RestoreImpossible(
+        f"The archived log of shard {shard} lacks entries {gap.first} to {gap.last}.",
+        hint="Restore a moment before them, or one after a later backup.",
+        shard=shard,
+    )

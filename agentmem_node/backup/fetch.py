@@ -1,0 +1,312 @@
+"""A shard out of a backup: at the moment of the cut, or at any later one by its archived log.
+
+`folder` appears whole, durable and checked, or not at all. Whatever was fetched before an
+interruption is used by the next attempt:
+
+    <folder>.fetch.partial    chunks that have arrived
+    <folder>.fetch            all of them; the log is being replayed
+    <folder>.fetch.json       whose they are: another backup begins anew
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from agentmem_cluster.errors import InternalError
+from agentmem_cluster.raft.api import Entry
+from agentmem_node.backup.archive import Archive, Gap, at_ms_of, gaps
+from agentmem_node.backup.catalog import choose
+from agentmem_node.backup.chunks import Chunks, hash_of
+from agentmem_node.backup.content import Content, content_of
+from agentmem_node.backup.errors import BackupDamaged, RestoreImpossible
+from agentmem_node.backup.manifest import Manifest, ShardBackup, manifest_name
+from agentmem_node.backup.objects import ObjectStore
+from agentmem_node.backup.upload import Progress
+from agentmem_node.engine.shard import Shard
+from agentmem_node.model.times import format_ms
+from agentmem_node.storage.checkpoint import StorageDamaged, make_folder, sync_folder
+from agentmem_node.storage.environment import MAP_BYTES_DEFAULT
+from agentmem_node.storage.snapshot import SnapshotWriter, discard, partial_folder
+from agentmem_node.storage.store import Store
+
+_BATCH_ENTRIES: Final = 512
+_BATCH_BYTES: Final = 4 << 20
+
+
+class Fetched(NamedTuple):
+    """A shard as it now stands in its folder. `at_ms`: the latest time that a command named."""
+
+    applied_index: int
+    digest: bytes
+    content: Content
+    at_ms: int
+    replayed: int
+
+
+class ShardPlan(NamedTuple):
+    """What restoring a shard would use. `archived_to`: the last entry in the log's archive."""
+
+    id: str
+    backup_index: int
+    archived_to: int
+    archived_ms: int | None
+    gaps: list[Gap]
+
+
+class Plan(NamedTuple):
+    """Which backup, which part of the log, and what is missing. `faults` empty: it can be done."""
+
+    manifest: Manifest
+    until_ms: int | None
+    shards: list[ShardPlan]
+    faults: list[str]
+
+
+def plan(store: ObjectStore, *, backup_id: str | None = None, until_ms: int | None = None) -> Plan:
+    """How to come to a moment. Raises BackupMissing, BackupDamaged when there is no way at all."""
+    manifest = choose(store, backup_id=backup_id, until_ms=until_ms)
+    if until_ms is None:
+        shards = [ShardPlan(s.id, s.applied_index, 0, None, []) for s in manifest.shards]
+        return Plan(manifest, None, shards, [])
+    faults = []
+    if until_ms < manifest.at_ms:
+        faults.append(
+            f"backup {manifest.id} was made at {format_ms(manifest.at_ms)}, after that moment"
+        )
+    archive = Archive(store, manifest.cluster_id)
+    shards = []
+    for shard in manifest.shards:
+        made = _shard_plan(archive, shard)
+        shards.append(made)
+        if until_ms <= manifest.at_ms:
+            continue
+        if made.archived_ms is None or made.archived_ms < until_ms:
+            reach = "never" if made.archived_ms is None else f"until {format_ms(made.archived_ms)}"
+            faults.append(f"the log of {shard.id} was archived {reach}")
+    return Plan(manifest, until_ms, shards, faults)
+
+
+def _shard_plan(archive: Archive, shard: ShardBackup) -> ShardPlan:
+    segments = [s for s in archive.segments(shard.id) if s.last > shard.applied_index]
+    reached = archive.reached(shard.id)
+    return ShardPlan(
+        shard.id,
+        shard.applied_index,
+        max((s.last for s in segments), default=shard.applied_index),
+        None if reached is None else reached.at_ms,
+        gaps(segments, shard.applied_index),
+    )
+
+
+def fetch_shard(
+    store: ObjectStore,
+    manifest: Manifest,
+    shard_id: str,
+    folder: Path,
+    *,
+    until_ms: int | None = None,
+    progress: Progress | None = None,
+    map_bytes: int = MAP_BYTES_DEFAULT,
+) -> Fetched:
+    """Make `folder` the shard as it was at the cut, or at `until_ms`. Blocks; one thread only.
+
+    Every chunk and the rolling digest are checked before anything is replayed, and the content
+    digest when nothing was. Raises BackupDamaged, BackupMissing, BackupUnreachable,
+    RestoreImpossible (a moment that the backup and the log do not reach), DiskFull, OSError; the
+    folder is then not there.
+    """
+    shard = _shard_of(manifest, shard_id)
+    progress = Progress() if progress is None else progress
+    if folder.exists():
+        raise InternalError(f"{folder} is there already: a restore must not replace it.")
+    staged = folder.with_name(folder.name + ".fetch")
+    _claim(staged, f"{manifest.id} {shard.digest.hex()} {until_ms}")
+    if not staged.exists():
+        _download(store, shard, staged, progress)
+    dim = manifest.model.dim
+    replayed = 0
+    if until_ms is not None:
+        replayed = _replay(store, manifest, shard, staged, dim, until_ms, progress, map_bytes)
+    fetched = _look(staged, dim, replayed)
+    if until_ms is None or not replayed:
+        _check(manifest, shard, fetched)
+    make_folder(folder.parent)
+    staged.rename(folder)
+    sync_folder(folder.parent)
+    _claim_of(staged).unlink(missing_ok=True)
+    return fetched
+
+
+def abandon(folder: Path) -> None:
+    """Remove what an interrupted fetch into `folder` left behind."""
+    staged = folder.with_name(folder.name + ".fetch")
+    discard(staged)
+    _claim_of(staged).unlink(missing_ok=True)
+
+
+# -- steps --------------------------------------------------------------------------------
+
+
+def _download(store: ObjectStore, shard: ShardBackup, staged: Path, progress: Progress) -> None:
+    chunks = Chunks(store)
+    progress.phase = "downloading"
+    progress.total_bytes = shard.size_bytes
+    writer = SnapshotWriter(staged, shard.size_bytes)
+    try:
+        for number, digest in enumerate(shard.hashes):
+            progress.check()
+            standing = writer.standing(number)
+            if standing is None or hash_of(standing) != digest:
+                data = chunks.get(digest)
+                try:
+                    writer.write(number, data)
+                except ValueError as error:
+                    raise BackupDamaged(f"Shard {shard.id} of the backup: {error}.") from error
+                progress.moved_bytes += len(data)
+                standing = data
+            progress.done_bytes += len(standing)
+        writer.finish(shard.checkpoint)
+    finally:
+        writer.close()
+
+
+def _replay(
+    store: ObjectStore,
+    manifest: Manifest,
+    shard: ShardBackup,
+    staged: Path,
+    dim: int,
+    until_ms: int,
+    progress: Progress,
+    map_bytes: int,
+) -> int:
+    """Entries applied. The shard is closed with a checkpoint: a crash before it loses nothing
+    but the work."""
+    progress.phase = "replaying"
+    newest_ms = shard.newest_ms
+    if newest_ms > until_ms:
+        raise RestoreImpossible(
+            f"Backup {manifest.id} holds writes of shard {shard.id} from {format_ms(newest_ms)}, "
+            f"after {format_ms(until_ms)}.",
+            hint="Choose an older backup, or leave the choice to the command.",
+        )
+    archive = Archive(store, manifest.cluster_id)
+    open_shard = _open(staged, shard.id, dim, map_bytes)
+    try:
+        start = open_shard.applied_index
+        if start == shard.applied_index and open_shard.digest() != shard.digest:
+            raise _differs(manifest, shard, "the digest of its log")
+        for batch in archive.entries(shard.id, start, open_shard.epoch_state.epoch, until_ms):
+            progress.check()
+            wanted: list[Entry] = []
+            for entry in batch:
+                at_ms = at_ms_of(entry.command)
+                if at_ms is not None and at_ms > until_ms:
+                    _apply(open_shard, wanted)
+                    return open_shard.applied_index - shard.applied_index
+                wanted.append(entry)
+            _apply(open_shard, wanted)
+        return open_shard.applied_index - shard.applied_index
+    finally:
+        open_shard.close()
+
+
+def _apply(shard: Shard, entries: list[Entry]) -> None:
+    for batch in _batches(entries):
+        shard.apply(batch)
+
+
+def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if batch and (len(batch) >= _BATCH_ENTRIES or size + len(entry.command) > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += len(entry.command)
+    if batch:
+        yield batch
+
+
+def _look(staged: Path, dim: int, replayed: int) -> Fetched:
+    with_store = _reading(staged, dim)
+    try:
+        state = with_store.state
+        content = content_of(with_store.env.txn, with_store.env.db)
+        return Fetched(state.applied_index, state.digest, content, state.ledger_ms, replayed)
+    finally:
+        with_store.env.close()
+
+
+def _check(manifest: Manifest, shard: ShardBackup, fetched: Fetched) -> None:
+    found = (fetched.applied_index, fetched.digest)
+    if found != (shard.applied_index, shard.digest):
+        raise _differs(manifest, shard, "the digest of its log")
+    if fetched.content != Content(shard.memories, shard.content):
+        raise _differs(manifest, shard, "the digest of its content")
+
+
+def _differs(manifest: Manifest, shard: ShardBackup, what: str) -> BackupDamaged:
+    return BackupDamaged(
+        f"Shard {shard.id} of backup {manifest.id} does not come to what was backed up: {what} "
+        "differs.",
+        hint="Restore from another backup, and report this: the chunks are as they were written.",
+        object=manifest_name(manifest.id),
+    )
+
+
+def _shard_of(manifest: Manifest, shard_id: str) -> ShardBackup:
+    try:
+        return manifest.shard(shard_id)
+    except KeyError:
+        raise RestoreImpossible(f"Backup {manifest.id} has no shard {shard_id}.") from None
+
+
+def _open(folder: Path, shard_id: str, dim: int, map_bytes: int) -> Shard:
+    try:
+        return Shard.open(folder, shard_id, dim=dim, map_size=map_bytes)
+    except StorageDamaged as error:
+        raise BackupDamaged(error.message) from error
+
+
+def _reading(folder: Path, dim: int) -> Store:
+    try:
+        return Store.open(folder, dim=dim)
+    except StorageDamaged as error:
+        raise BackupDamaged(error.message) from error
+
+
+# -- whose the files are --------------------------------------------------------------------
+
+
+def _claim_of(staged: Path) -> Path:
+    return staged.with_name(staged.name + ".json")
+
+
+def _claim(staged: Path, owner: str) -> None:
+    """Keep what is there of an earlier attempt at the same, and of no other."""
+    path = _claim_of(staged)
+    make_folder(staged.parent)
+    try:
+        if msgspec.json.decode(path.read_bytes(), type=str) == owner:
+            return
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        pass
+    discard(staged)
+    for left in (staged, partial_folder(staged)):
+        if left.exists():
+            shutil.rmtree(left)
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file:
+        file.write(msgspec.json.encode(owner))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    sync_folder(path.parent)

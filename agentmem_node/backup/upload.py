@@ -1,0 +1,122 @@
+"""A snapshot of a shard on its way into a store: only the chunks that are not there yet."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from agentmem_cluster.errors import ShuttingDown
+from agentmem_node.backup.chunks import Chunks, hash_of
+from agentmem_node.backup.content import Content, ContentDigest, rows
+from agentmem_node.backup.manifest import ShardBackup
+from agentmem_node.backup.objects import ObjectStore
+from agentmem_node.storage.layout import State
+from agentmem_node.storage.snapshot import CHUNK_BYTES, StorageSnapshot
+
+# Rows are added up in the same process that serves requests: after so much work the thread
+# stands aside as long, so that no request waits for it more than a few milliseconds.
+_ROWS_AT_ONCE: Final = 64
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a transfer is; written by its thread, read by others."""
+
+    total_bytes: int = 0
+    done_bytes: int = 0
+    moved_bytes: int = 0  # that really went over the wire
+    phase: str = ""
+    is_cancelled: bool = field(default=False)
+
+    def check(self) -> None:
+        """Raises ShuttingDown when nobody wants the result any more."""
+        if self.is_cancelled:
+            raise ShuttingDown("The transfer of a backup was called off.")
+
+
+class RateLimit:
+    """At most so many bytes a second, over all that share it. 0: no bound."""
+
+    def __init__(self, bytes_per_s: int) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at_s = 0.0
+
+    def spend(self, size_bytes: int) -> None:
+        """Wait until that many bytes may go."""
+        if not self._bytes_per_s:
+            return
+        now_s = time.monotonic()
+        start_s = max(now_s, self._free_at_s)
+        self._free_at_s = start_s + size_bytes / self._bytes_per_s
+        if start_s > now_s:
+            time.sleep(start_s - now_s)
+
+
+def upload_shard(
+    store: ObjectStore,
+    snapshot: StorageSnapshot,
+    databases: Any,
+    *,
+    shard: str,
+    epoch: int,
+    term: int,
+    known: frozenset[bytes],
+    replace: bool,
+    progress: Progress,
+    rate: RateLimit,
+) -> ShardBackup:
+    """Upload what is missing and say what the shard is. Blocks; the snapshot stays open.
+
+    `known` are chunks that another backup names, and that are therefore there; `replace` uploads
+    every chunk all the same. Raises what the store raises, and OSError when the file cannot be
+    read.
+    """
+    chunks = Chunks(store)
+    hashes: list[bytes] = []
+    uploaded_chunks = uploaded_bytes = 0
+    progress.phase = "uploading"
+    progress.total_bytes = snapshot.size_bytes
+    for number in range(snapshot.chunks):
+        progress.check()
+        data = snapshot.read(number)
+        digest = hash_of(data)
+        if replace or digest not in known:
+            rate.spend(len(data))
+            digest, sent = chunks.put(data, replace=replace)
+            uploaded_chunks += sent > 0
+            uploaded_bytes += sent
+            progress.moved_bytes += sent
+        hashes.append(digest)
+        progress.done_bytes = min(snapshot.size_bytes, (number + 1) * CHUNK_BYTES)
+    progress.phase = "adding up"
+    content = _content(snapshot, databases, progress)
+    state = State.unpack(snapshot.checkpoint.state)
+    assert state is not None
+    return ShardBackup(
+        id=shard,
+        epoch=epoch,
+        applied_index=state.applied_index,
+        term=term,
+        digest=state.digest,
+        content=content.digest,
+        memories=content.memories,
+        size_bytes=snapshot.size_bytes,
+        metas=snapshot.checkpoint.metas,
+        state=snapshot.checkpoint.state,
+        chunks=b"".join(hashes),
+        uploaded_chunks=uploaded_chunks,
+        uploaded_bytes=uploaded_bytes,
+    )
+
+
+def _content(snapshot: StorageSnapshot, databases: Any, progress: Progress) -> Content:
+    digest = ContentDigest()
+    began_s = time.monotonic()
+    for number, row in enumerate(rows(snapshot.reader, databases), 1):
+        digest.add(row)
+        if number % _ROWS_AT_ONCE == 0:
+            progress.check()
+            time.sleep(max(0.0, time.monotonic() - began_s))
+            began_s = time.monotonic()
+    return digest.result()
