@@ -27,6 +27,7 @@ from agentmem_node.model.commands import (
     Outcome,
     Rejected,
     Result,
+    Revive,
     Update,
     Write,
     WriteResult,
@@ -120,7 +121,7 @@ def _apply_write(
     return WriteResult(tuple(planned), replayed=False, index=index), summary
 
 
-def _fault(op: Add | Update, memory: Memory | None, dim: int) -> str | None:
+def _fault(op: Add | Update | Revive, memory: Memory | None, dim: int) -> str | None:
     """What is wrong with an operation, whatever the shard holds."""
     if memory is None:
         return "its record is not a memory"
@@ -149,6 +150,17 @@ def _plan(
             assert memory is not None
             seen[op.id] = _Seen(1, True, memory.scope.owner)
             outcomes.append(Outcome("ok", op.id, 1))
+        elif isinstance(op, Revive):
+            if at is _ABSENT:
+                outcomes.append(Outcome("not_found", op.id, 0))
+            elif at.is_live:
+                outcomes.append(Outcome("exists", op.id, at.version))
+            elif op.read_version != at.version:
+                outcomes.append(Outcome("conflict", op.id, at.version))
+            else:
+                assert memory is not None
+                seen[op.id] = _Seen(at.version + 1, True, memory.scope.owner)
+                outcomes.append(Outcome("ok", op.id, at.version + 1))
         elif not at.is_live:
             outcomes.append(Outcome("not_found", op.id, 0))
         elif op.read_version is not None and op.read_version != at.version:
@@ -203,6 +215,9 @@ def _do(
         if isinstance(op, Update):
             assert memory is not None
             _update(store, tenant, write, op, memory, changes)
+        elif isinstance(op, Revive):
+            assert memory is not None
+            _revive(store, tenant, write, op, memory, changes)
         else:
             _delete(store, tenant, write, op, changes)
     _add(store, tenant, write, adds, changes)
@@ -260,6 +275,36 @@ def _update(
             row.updated_ms,
             row.expires_ms,
             vector,
+        )
+    )
+
+
+def _revive(
+    store: Store,
+    tenant: Scope,
+    write: Write,
+    op: Revive,
+    memory: Memory,
+    changes: list[Change],
+) -> None:
+    located = store.locate(tenant.number, op.id)
+    assert located is not None
+    name = memory.scope.owner
+    owner = store.scopes.make(tenant.number, name) if name else tenant
+    new = NewMemory(op.id, owner, op.created_ms, write.at_ms, op.expires_ms, op.record, op.vector)
+    doc = store.revive(tenant, located.doc, op.read_version + 1, new)
+    row = store.row(doc)
+    assert row is not None
+    changes.append(
+        IndexDoc(
+            doc,
+            op.id,
+            write.tenant,
+            memory,
+            row.created_ms,
+            row.updated_ms,
+            row.expires_ms,
+            op.vector,
         )
     )
 

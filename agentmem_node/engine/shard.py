@@ -19,14 +19,14 @@ from agentmem_cluster.raft.api import Entry
 from agentmem_node.engine.apply import apply_command
 from agentmem_node.engine.reads import StoreSource, memory_of, scope_of
 from agentmem_node.index.source import Change, Source
-from agentmem_node.model.commands import Command, Result, Write, WriteResult, decode
+from agentmem_node.model.commands import Command, Result, Revive, Write, WriteResult, decode
 from agentmem_node.model.ids import format_id
 from agentmem_node.model.memory import HistoryEntry, Memory
 from agentmem_node.model.records import Page, Stored, decode_memory
 from agentmem_node.model.times import format_ms
 from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, CheckpointJob
 from agentmem_node.storage.layout import DocRow
-from agentmem_node.storage.ledger import EVENTS, FeedItem, LedgerBounds
+from agentmem_node.storage.ledger import ADDED, EVENTS, FeedItem, LedgerBounds
 from agentmem_node.storage.restrict import restrict
 from agentmem_node.storage.snapshot import StorageSnapshot
 from agentmem_node.storage.store import Located, Store
@@ -120,7 +120,10 @@ class Shard:
                 f"{entries[0].index} to {entries[-1].index}: an entry is missing or repeated"
             )
         writes = [decode(entry.command) for entry in entries]
-        cost = [_cost(entry.command, write) for entry, write in zip(entries, writes, strict=True)]
+        cost = [
+            _cost(entry.command, write) + self._moved_bytes(write)
+            for entry, write in zip(entries, writes, strict=True)
+        ]
         env = self._store.env
         env.reserve(sum(cost))
         failpoint("apply.before_batch")
@@ -236,10 +239,12 @@ class Shard:
         for row in rows:
             after = decode_memory(row.record) if row.record else None
             shown = after or before
+            # Nothing lived before it: the first version, or one that a restore brought back.
+            event = EVENTS[ADDED if before is None and after is not None else row.event]
             entries.append(
                 HistoryEntry(
                     memory_id=format_id(key),
-                    event=EVENTS[row.event],
+                    event=event,
                     version=row.version,
                     old_content=None if before is None else before.content,
                     new_content=None if after is None else after.content,
@@ -342,6 +347,16 @@ class Shard:
         return page.items
 
     # -- within -------------------------------------------------------------------------
+
+    def _moved_bytes(self, write: Command) -> int:
+        """A memory that is made live again takes its history with it, however long that is."""
+        if not isinstance(write, Write):
+            return 0
+        moved = 0
+        for op in write.ops:
+            if isinstance(op, Revive) and (located := self._locate(write.tenant, op.id)):
+                moved += 2 * self._store.history_bytes(located.doc)
+        return moved
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -8,6 +8,7 @@ msgpack list that starts with its format version and kind:
     op = [ADD, id, record, vector, created_ms, expires_ms]
        | [UPDATE, id, read_version, record, vector, expires_ms]
        | [DELETE, id, read_version]
+       | [REVIVE, id, read_version, record, vector, created_ms, expires_ms]
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _WRITE: Final = 1
 _ADD: Final = 1
 _UPDATE: Final = 2
 _DELETE: Final = 3
+_REVIVE: Final = 4
 
 REQUEST_ID_BYTES: Final = 16
 FINGERPRINT_BYTES: Final = 8
@@ -64,7 +66,21 @@ class Delete(NamedTuple):
     read_version: int | None
 
 
-Op = Add | Update | Delete
+class Revive(NamedTuple):
+    """A deleted memory lives again, at the version after `read_version`, which deleted it.
+
+    Only a restore does this: an add never takes the id of a memory that was deleted.
+    """
+
+    id: bytes
+    read_version: int
+    record: bytes
+    vector: bytes | None
+    created_ms: int
+    expires_ms: int | None
+
+
+Op = Add | Update | Delete | Revive
 
 
 class Write(NamedTuple):
@@ -131,6 +147,8 @@ def encode_write(write: Write) -> bytes:
             ops.append((_ADD, *op))
         elif isinstance(op, Update):
             ops.append((_UPDATE, *op))
+        elif isinstance(op, Revive):
+            ops.append((_REVIVE, *op))
         else:
             ops.append((_DELETE, *op))
     head = (FORMAT, _WRITE, write.request_id, write.fingerprint, write.tenant, write.at_ms)
@@ -217,6 +235,19 @@ def _op(row: Any) -> Op | None:
             and (read_version is None or _is_version(read_version))
         ):
             return Delete(key, read_version)
+        return None
+    if kind == _REVIVE and len(row) == 7:
+        _, key, read_version, record, vector, created_ms, expires_ms = row
+        if (
+            type(key) is bytes
+            and len(key) == 16
+            and _is_version(read_version)
+            and type(record) is bytes
+            and (vector is None or type(vector) is bytes)
+            and _is_time(created_ms)
+            and (expires_ms is None or _is_time(expires_ms))
+        ):
+            return Revive(key, read_version, record, vector, created_ms, expires_ms)
     return None
 
 

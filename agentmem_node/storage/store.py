@@ -106,8 +106,10 @@ class Store:
 
     # -- writes -------------------------------------------------------------------------
 
-    def add(self, tenant: Scope, memories: Sequence[NewMemory]) -> int:
-        """Insert memories whose ids are free. Returns the number of the first; the rest follow."""
+    def add(
+        self, tenant: Scope, memories: Sequence[NewMemory], version: int = _FIRST_VERSION
+    ) -> int:
+        """Insert memories that do not live. Returns the number of the first; the rest follow."""
         state = self.state
         first = state.next_doc
         tenant_key = U32.pack(tenant.number)
@@ -120,7 +122,7 @@ class Store:
                 new.id,
                 tenant.number,
                 owner.number,
-                _FIRST_VERSION,
+                version,
                 new.created_ms,
                 new.updated_ms,
                 new.expires_ms,
@@ -187,6 +189,32 @@ class Store:
         if owner is not tenant:
             txn.delete(order_key(tenant.number, old.created_ms, old.id), db=self._order)
             self.scopes.count(tenant, -1)
+
+    def revive(self, tenant: Scope, doc: int, version: int, new: NewMemory) -> int:
+        """Make a deleted memory live at `version`. Returns its new number: what is derived may
+        lean on numbers that only grow. Its history goes with it."""
+        key = U64.pack(self.state.next_doc)
+        txn = self.env.txn
+        updated_ms = new.updated_ms
+        for row_key, row in self._history_rows(doc):
+            updated_ms = max(updated_ms, HISTORY_HEAD.unpack_from(row)[0])
+            txn.put(key + row_key[U64.size :], row, db=self._history)
+            txn.delete(row_key, db=self._history)
+        return self.add(tenant, [new._replace(updated_ms=updated_ms)], version)
+
+    def history_bytes(self, doc: int) -> int:
+        """What the versions of a memory take that are not current."""
+        return sum(len(key) + len(row) for key, row in self._history_rows(doc))
+
+    def _history_rows(self, doc: int) -> list[tuple[bytes, bytes]]:
+        rows = []
+        cursor = self.env.txn.cursor(db=self._history)
+        if cursor.set_range(HISTORY_KEY.pack(doc, 0)):
+            for key, row in cursor:
+                if HISTORY_KEY.unpack(key)[0] != doc:
+                    break
+                rows.append((key, row))
+        return rows
 
     def _keep(self, doc: int, old: DocRow) -> None:
         event = ADDED if old.version == _FIRST_VERSION else UPDATED

@@ -17,12 +17,13 @@ from agentmem_node.model.commands import (
     Mismatch,
     Outcome,
     Rejected,
+    Revive,
     Update,
     Write,
     WriteResult,
     encode_write,
 )
-from tests.engine.commands import DIM, a_record, an_add, an_entry, an_id, batches
+from tests.engine.commands import DIM, START_MS, a_record, an_add, an_entry, an_id, batches
 
 A, B = an_id(1), an_id(2)
 
@@ -76,6 +77,48 @@ def test_a_deleted_memory_is_left_in_its_history_only(shard: Shard) -> None:
         if name != "history":
             rows = list(store.env.txn.cursor(db=store.env.db[name]))
             assert not any(b"secret" in value for _, value in rows), name
+
+
+def a_revival(number: int, read: int, content: str) -> Revive:
+    key = an_id(number)
+    record = a_record(key, content, read + 1)
+    return Revive(key, read, record, an_add(number).vector, START_MS + number, None)
+
+
+def test_a_restore_brings_a_deleted_memory_back_with_its_history(shard: Shard) -> None:
+    shard.apply([an_entry(1, an_add(1, "tea"), an_add(2)), an_entry(2, Delete(A, 1))])
+    assert outcomes(shard, an_entry(3, a_revival(1, 2, "green tea"))) == [("ok", 3)]
+    stored = shard.get("acme", A)
+    assert stored is not None and (stored.version, stored.created_ms) == (3, START_MS + 1)
+    assert [(h.event, h.version, h.new_content) for h in shard.history("acme", A)] == [
+        ("ADD", 1, "tea"),
+        ("DELETE", 2, None),
+        ("ADD", 3, "green tea"),
+    ]
+    page = shard.list("acme", "user:ana", accept=None, after=None, limit=9, now_ms=0)
+    assert [memory.id for memory in page] == [B, A]
+    assert (shard.count("acme"), shard.count("acme", "user:ana")) == (2, 2)
+    assert outcomes(shard, an_entry(4, an_update(A, 3, "black tea"))) == [("ok", 4)]
+    assert outcomes(shard, an_entry(5, Delete(A, 4), Delete(B, None))) == [("ok", 5), ("ok", 2)]
+    assert shard.count() == 0
+    assert [h.event for h in shard.history("acme", A)] == [
+        "ADD",
+        "DELETE",
+        "ADD",
+        "UPDATE",
+        "DELETE",
+    ]
+
+
+def test_only_what_is_deleted_at_the_version_that_was_read_is_brought_back(shard: Shard) -> None:
+    shard.apply([an_entry(1, an_add(1), an_add(2)), an_entry(2, Delete(A, 1))])
+    entry = an_entry(3, a_revival(1, 1, "tea"), a_revival(2, 1, "tea"), a_revival(3, 1, "tea"))
+    assert outcomes(shard, entry) == [("conflict", 2), ("exists", 1), ("not_found", 0)]
+    twice = an_entry(4, a_revival(1, 2, "tea"), a_revival(1, 2, "tea"), Delete(A, None))
+    assert outcomes(shard, twice) == [("ok", 3), ("exists", 3), ("ok", 4)]
+    wrong = a_revival(1, 4, "tea")._replace(record=a_record(A, "tea", 4))
+    (result,) = shard.apply([an_entry(5, wrong)])
+    assert isinstance(result, Rejected) and "another version" in result.reason
 
 
 def test_an_atomic_write_takes_effect_as_a_whole_or_not_at_all(shard: Shard) -> None:

@@ -26,6 +26,7 @@ from agentmem_node.model.commands import (
     Outcome,
     Rejected,
     Result,
+    Revive,
     Update,
     Write,
     WriteResult,
@@ -98,6 +99,22 @@ updates = st.builds(
     expiries,
     st.sampled_from([0] * 9 + [1]),
 )
+revivals = st.builds(
+    lambda n, content, read, vector, created, expires: Revive(
+        IDS[n],
+        read,
+        record_of(IDS[n], content, owner_of(n), read + 1),
+        vector,
+        created,
+        expires,
+    ),
+    keys,
+    contents,
+    reads,
+    vectors,
+    st.sampled_from([TIME_MS_MIN, 0, START_MS]),
+    expiries,
+)
 deletes = st.builds(lambda n, read: Delete(IDS[n], read), keys, st.one_of(st.none(), reads))
 writes = st.builds(
     lambda request, fingerprint, tenant, at, ops, atomic: Write(
@@ -107,7 +124,7 @@ writes = st.builds(
     st.sampled_from([b"", b"", b"body"]),
     st.sampled_from(TENANTS),
     st.integers(0, 100),
-    st.lists(st.one_of(adds, adds, updates, updates, deletes), max_size=4),
+    st.lists(st.one_of(adds, adds, updates, updates, deletes, revivals), max_size=4),
     st.booleans(),
 )
 
@@ -118,7 +135,7 @@ def concrete(write: Write, model: Model) -> Write:
     for op in write.ops:
         kept = model.kept.get((write.tenant, op.id))
         version = 1 if kept is None else kept.version
-        if isinstance(op, Update) and op.read_version == 0:
+        if isinstance(op, Update | Revive) and op.read_version == 0:
             memory = msgspec.json.decode(op.record, type=Memory)
             record = record_of(op.id, memory.content, memory.scope.owner, version + 1)
             op = op._replace(read_version=version, record=record)
@@ -179,7 +196,7 @@ class Model:
                     planned[position] = Outcome("skipped", o.id, was.version if was else 0)
         for position, (op, o) in enumerate(zip(write.ops, planned, strict=True)):
             if o.status == "ok":
-                event = type(op).__name__.upper()
+                event = "ADD" if isinstance(op, Revive) else type(op).__name__.upper()
                 self.feed.setdefault(write.tenant, []).append(
                     (index, position, write.at_ms, event, o.id, o.version)
                 )
@@ -199,6 +216,23 @@ class Model:
                 [("ADD", 1, write.at_ms, None, memory.content)],
             )  # fmt: skip
             return Outcome("ok", op.id, 1)
+        if isinstance(op, Revive):
+            if kept is None:
+                return Outcome("not_found", op.id, 0)
+            if kept.is_live:
+                return Outcome("exists", op.id, kept.version)
+            if op.read_version != kept.version:
+                return Outcome("conflict", op.id, kept.version)
+            self.docs += 1
+            memory = msgspec.json.decode(op.record, type=Memory)
+            at = max(kept.updated_ms, write.at_ms)
+            version = kept.version + 1
+            self.kept[write.tenant, op.id] = Kept(
+                self.docs, version, True, memory.scope.owner, op.created_ms, at,
+                op.expires_ms, op.record, op.vector,
+                [*kept.history, ("ADD", version, at, None, memory.content)],
+            )  # fmt: skip
+            return Outcome("ok", op.id, version)
         if kept is None or not kept.is_live:
             return Outcome("not_found", op.id, 0)
         if op.read_version is not None and op.read_version != kept.version:

@@ -15,6 +15,7 @@ from agentmem_node.model.commands import (
     Add,
     Delete,
     Rejected,
+    Revive,
     Update,
     Write,
     decode,
@@ -32,13 +33,16 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 adds = st.builds(Add, ids, st.binary(max_size=40), optional_bytes, times, optional_times)
 updates = st.builds(Update, ids, versions, st.binary(max_size=40), optional_bytes, optional_times)
 deletes = st.builds(Delete, ids, st.one_of(st.none(), versions))
+revivals = st.builds(
+    Revive, ids, versions, st.binary(max_size=40), optional_bytes, times, optional_times
+)
 writes = st.builds(
     Write,
     st.binary(min_size=16, max_size=16),
     st.binary(max_size=8),
     texts,
     times,
-    st.lists(st.one_of(adds, updates, deletes), max_size=5).map(tuple),
+    st.lists(st.one_of(adds, updates, deletes, revivals), max_size=5).map(tuple),
     st.booleans(),
 )
 # Values that msgpack can carry, nested: the raw material of a hostile command.
