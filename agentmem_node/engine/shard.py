@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from agentmem_cluster.epochs.commands import EpochState
 from agentmem_cluster.errors import DiskFull, InternalError
@@ -199,6 +199,11 @@ class Shard:
         if self._index is not None:
             self._index.close()
         self._store.env.close()
+
+    @property
+    def databases(self) -> dict[str, Any]:
+        """The sub-databases, for reading through a snapshot's own transaction."""
+        return self._store.env.db
 
     def close(self) -> None:
         """Leave a checkpoint behind, when that works: the next start has then nothing to replay."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from agentmem_cluster.epochs.commands import Sealed
@@ -33,6 +33,7 @@ from agentmem_cluster.runtime import Clock
 from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
 from agentmem_node.model.search import SearchQuery
+from agentmem_node.service.hold import Hold
 
 # Long enough for an election and most second ones (timeouts are 0.5 to 1.0 s), short enough that a
 # minority has said no within 2 s on a busy machine, too.
@@ -56,13 +57,14 @@ class LocalShard:
     group: AsyncGroup
     shard: Shard
     machine: EpochMachine
+    hold: Hold = field(default_factory=Hold)
 
     async def propose(self, command: bytes, deadline: float) -> Applied:
         """Replicate and apply a command. Raises WrongShard, certainly not done, when the epoch of
         this replica has ended or has not begun: the caller tries again, wherever the shard is."""
         if self.group.is_leader and not self.machine.accepts:
             raise self._moving()
-        applied = await self.group.propose(command, deadline=deadline)
+        applied = await self.hold.propose(self.group, command, deadline)
         if isinstance(applied.result, Sealed):
             raise self._moving()
         return applied

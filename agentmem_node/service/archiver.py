@@ -1,0 +1,182 @@
+"""Archiving the log of the shards that this node leads, for restores to any moment.
+
+Every few seconds, what was committed since is written as one object. A new leader goes on where
+the archive ends; the replicas keep in their journals what is not archived yet (up to a bound), so
+that it can. Whatever was thrown away before it was archived is a gap, and is said loudly: moments
+within it cannot be restored, and the next backup ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agentmem_cluster.errors import AgentMemError, InternalError
+from agentmem_cluster.runtime import Clock
+from agentmem_node.backup.archive import Archive, Gap, Reached
+from agentmem_node.backup.objects import open_store
+from agentmem_node.service.routing import LocalShard, Routing
+
+log = logging.getLogger("agentmem.archive")
+
+_SEGMENT_BYTES = 4 << 20
+# A shard that is idle says so this often; a shard that is busy, with each segment.
+_MARK_S = 10.0
+# How often a replica that does not lead looks how far the archive is, in rounds.
+_FOLLOW_ROUNDS = 10
+
+
+@dataclass(slots=True)
+class _Place:
+    """How far the archive of one shard's epoch is, as far as this node knows."""
+
+    epoch: int
+    last: int
+    name: str  # of the last segment that was seen
+    is_known: bool = False  # by looking, since this node began to lead
+    marked_s: float = float("-inf")
+
+
+class Archiver:
+    def __init__(
+        self,
+        routing: Routing,
+        clock: Clock,
+        *,
+        url: str,
+        period_s: float,
+        cluster_id: Callable[[], str | None],
+    ) -> None:
+        self.url = url
+        self.gaps: list[tuple[str, Gap]] = []
+        self.fault: str | None = None  # why the last round did not succeed
+        self._routing = routing
+        self._clock = clock
+        self._period_s = period_s
+        self._cluster_id = cluster_id
+        self._archive: Archive | None = None
+        self._places: dict[str, _Place] = {}
+        self._rounds = 0
+
+    async def run(self) -> None:
+        """For ever. A store that does not answer is asked again; nothing is lost meanwhile."""
+        while True:
+            await asyncio.sleep(self._period_s)
+            cluster_id = self._cluster_id()
+            if cluster_id is None:
+                continue
+            if self._archive is None or self._archive.cluster_id != cluster_id:
+                try:
+                    store = await asyncio.to_thread(open_store, self.url)
+                except AgentMemError as error:
+                    self._failed("the store", error)
+                    continue
+                self._archive = Archive(store, cluster_id)
+            await self._round(self._archive)
+
+    async def _round(self, archive: Archive) -> None:
+        self._rounds += 1
+        failed = False
+        for shard, local in list(self._routing.local.items()):
+            try:
+                if local.group.is_leader:
+                    await self._lead(archive, shard, local)
+                else:
+                    await self._follow(archive, shard, local)
+            except Exception as error:
+                # Whatever it is, it must not end the archiving of the other shards.
+                if not isinstance(error, AgentMemError | OSError):
+                    log.exception("archiving the log of %s failed", shard)
+                failed = True
+                self._failed(shard, error)
+        for gone in self._places.keys() - self._routing.local.keys():
+            del self._places[gone]
+        if not failed and self.fault is not None:
+            log.warning("the log is archived again at %s", self.url)
+            self.fault = None
+
+    async def _lead(self, archive: Archive, shard: str, local: LocalShard) -> None:
+        place = self._place(shard, local)
+        if not place.is_known:
+            await self._look(archive, shard, local, place)
+            place.is_known = True
+        # Before the entries are read: what is decided by now may be committed after them.
+        now_ms = self._clock.wall_ms()
+        is_news = False
+        while True:
+            try:
+                entries = local.group.read_log(place.last, _SEGMENT_BYTES)
+            except IndexError:
+                self._gap(shard, local, place)
+                continue
+            if not entries:
+                break
+            segment = await asyncio.to_thread(archive.append, shard, place.epoch, entries)
+            place.last, place.name = segment.last, segment.name
+            is_news = True
+        local.group.retain(place.last)
+        now_s = self._clock.monotonic()
+        if (is_news or now_s - place.marked_s >= _MARK_S) and local.group.is_leader:
+            reached = Reached(place.epoch, place.last, now_ms)
+            await asyncio.to_thread(archive.mark, shard, reached)
+            place.marked_s = now_s
+
+    async def _follow(self, archive: Archive, shard: str, local: LocalShard) -> None:
+        """Keep in the journal what the archive lacks: this node may have to write it."""
+        place = self._place(shard, local)
+        place.is_known = False
+        if self._rounds % _FOLLOW_ROUNDS == 1:
+            await self._look(archive, shard, local, place)
+            local.group.retain(place.last)
+
+    async def _look(self, archive: Archive, shard: str, local: LocalShard, place: _Place) -> None:
+        found = await asyncio.to_thread(archive.segments, shard, place.epoch, place.name)
+        for segment in found:
+            place.last = max(place.last, segment.last)
+            place.name = max(place.name, segment.name)
+        if not place.name and local.group.status().first_index > place.last + 1:
+            # Archiving has only just been turned on: what came before belongs to no archive.
+            place.last = local.group.status().first_index - 1
+
+    def _place(self, shard: str, local: LocalShard) -> _Place:
+        place = self._places.get(shard)
+        if place is None or place.epoch != local.info.epoch:
+            place = _Place(local.info.epoch, local.group.spec.base_index, "")
+            self._places[shard] = place
+        return place
+
+    def _gap(self, shard: str, local: LocalShard, place: _Place) -> None:
+        first = local.group.status().first_index
+        if first <= place.last + 1:
+            raise InternalError(f"The log of shard {shard} cannot be read after {place.last}.")
+        gap = Gap(place.last + 1, first - 1)
+        place.last = first - 1
+        self.gaps.append((shard, gap))
+        log.error(
+            "entries %d to %d of shard %s were thrown away before they were archived: moments "
+            "within them cannot be restored. Make a backup now, which ends the gap.",
+            gap.first,
+            gap.last,
+            shard,
+        )
+
+    def _failed(self, what: str, error: Exception) -> None:
+        text = f"{what}: {error}"
+        if self.fault is None:
+            log.error("the log is not archived: %s; trying again", text)
+        self.fault = text
+
+    def status(self) -> dict[str, object]:
+        """What of the archive this node knows."""
+        return {
+            "url": self.url,
+            "fault": self.fault,
+            "gaps": [f"{shard}: entries {gap.first} to {gap.last}" for shard, gap in self.gaps],
+            "behind": {
+                shard: max(0, local.group.status().applied_index - self._places[shard].last)
+                for shard, local in self._routing.local.items()
+                if local.group.is_leader and shard in self._places
+            },
+        }
