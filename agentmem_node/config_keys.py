@@ -331,6 +331,62 @@ class SecuritySection(_Section, frozen=True):
     ] = None
 
 
+class BackupSection(_Section, frozen=True):
+    """Backups, and the archived log that lets one go back to any moment. See docs/backups.md."""
+
+    url: Annotated[
+        str | None,
+        Meta(
+            description="Where backups are kept when a request does not say: `/path` or "
+            "`s3://bucket/prefix?endpoint=URL&region=NAME`. Every node must reach it."
+        ),
+    ] = None
+    allow: Annotated[
+        list[str],
+        Meta(
+            max_length=100,
+            description="Places, and what is below them, that a request may name. Empty: any. "
+            "A node writes there with its own rights.",
+        ),
+    ] = []
+    operators: Annotated[
+        list[str],
+        Meta(
+            max_length=1_000,
+            description="Ids of API keys that may make and restore backups, which hold the "
+            "memories of all tenants. A node that needs no keys asks nobody.",
+        ),
+    ] = []
+    archive: Annotated[
+        str | None,
+        Meta(
+            description="Where the log is archived: the same kind of place, usually the same as "
+            "`url`. Unset: only the moments of backups can be restored."
+        ),
+    ] = None
+    archive_ms: Annotated[
+        int,
+        Meta(
+            ge=100,
+            le=3_600_000,
+            description="How often the log is archived: what a loss of the whole cluster costs.",
+        ),
+    ] = 5_000
+    rate_bytes_per_s: Annotated[
+        int,
+        Meta(ge=0, description="How fast a node uploads a backup at most. 0: as fast as it can."),
+    ] = 0
+    hold_ms_max: Annotated[
+        int,
+        Meta(
+            ge=50,
+            le=10_000,
+            description="How long writes may wait at most, in all shards at once, for the moment "
+            "of a backup. They wait a few milliseconds when all nodes answer.",
+        ),
+    ] = 1_000
+
+
 class Config(_Section, frozen=True):
     """All settings of a node."""
 
@@ -341,6 +397,7 @@ class Config(_Section, frozen=True):
     embedding: EmbeddingSection = EmbeddingSection()
     search: SearchSection = SearchSection()
     security: SecuritySection = SecuritySection()
+    backup: BackupSection = BackupSection()
     limits: Limits = Limits()
 
     @property

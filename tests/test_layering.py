@@ -54,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "agentmem_node.service",
         "agentmem_node.security",
         "agentmem_node.observe",
+        "agentmem_node.backup",
         "agentmem_node.config",
         "agentmem_node.config_keys",
     ),

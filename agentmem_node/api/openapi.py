@@ -20,6 +20,7 @@ _TOKEN_HEADER = {
 _TAGS = (
     ("memories", "What is remembered."),
     ("search", "Finding it again: by meaning, words, phrases, typos, time and importance."),
+    ("backups", "A copy of everything, and the way back; for operators."),
     ("operations", "Running a node."),
     (
         "cluster",
@@ -212,6 +213,9 @@ _MEANINGS = {
     "deadline_exceeded": "no answer in time; a write may have taken effect: repeat it with its "
     "Idempotency-Key",
     "internal": "a bug; quote the X-Request-Id",
+    "backup_destination": "backups cannot be kept there",
+    "backup_unreachable": "the place of the backups does not answer",
+    "backup_missing": "there is no such backup, or no such work on this node",
 }
 
 

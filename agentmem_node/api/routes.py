@@ -17,6 +17,7 @@ from agentmem_cluster.errors import (
 )
 from agentmem_node.api import memories, operations, shapes
 from agentmem_node.api.admin_routes import ADMIN_ROUTES
+from agentmem_node.api.backup_routes import BACKUP_ROUTES
 from agentmem_node.api.decoding import BatchAddBody
 from agentmem_node.api.join_routes import JOIN_ROUTES
 from agentmem_node.api.route import BASE, Errors, Route
@@ -192,6 +193,7 @@ ROUTES: tuple[Route, ...] = (
         answer=shapes.ClusterView,
     ),
     *ADMIN_ROUTES,
+    *BACKUP_ROUTES,
     *JOIN_ROUTES,
     _route(
         "GET",

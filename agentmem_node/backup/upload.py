@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 from agentmem_cluster.errors import ShuttingDown
@@ -27,7 +28,7 @@ class Progress:
     done_bytes: int = 0
     moved_bytes: int = 0  # that really went over the wire
     phase: str = ""
-    is_cancelled: bool = field(default=False)
+    is_cancelled: bool = False
 
     def check(self) -> None:
         """Raises ShuttingDown when nobody wants the result any more."""
@@ -112,11 +113,15 @@ def upload_shard(
 
 def _content(snapshot: StorageSnapshot, databases: Any, progress: Progress) -> Content:
     digest = ContentDigest()
-    began_s = time.monotonic()
-    for number, row in enumerate(rows(snapshot.reader, databases), 1):
-        digest.add(row)
-        if number % _ROWS_AT_ONCE == 0:
-            progress.check()
-            time.sleep(max(0.0, time.monotonic() - began_s))
-            began_s = time.monotonic()
-    return digest.result()
+    with snapshot.using() as reader:
+        found = rows(reader, databases)
+    while True:
+        progress.check()
+        began_s = time.monotonic()
+        with snapshot.using():
+            batch = list(islice(found, _ROWS_AT_ONCE))
+        if not batch:
+            return digest.result()
+        for row in batch:
+            digest.add(row)
+        time.sleep(time.monotonic() - began_s)

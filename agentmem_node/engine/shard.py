@@ -230,6 +230,18 @@ class Shard:
     def get_many(self, tenant: str, keys: Sequence[bytes]) -> list[Stored | None]:
         return [self.get(tenant, key) for key in keys]
 
+    def inspect(self, tenant: str, key: bytes) -> tuple[int, bytes | None, bytes | None]:
+        """(version, record, vector) of an id: the record of a deleted memory is None, and the
+        version of one that never was here is 0."""
+        located = self._locate(tenant, key)
+        if located is None:
+            return 0, None, None
+        if located.deleted_version:
+            return located.deleted_version, None, None
+        row = self._store.row(located.doc)
+        assert row is not None
+        return row.version, row.record, self._store.vector(located.doc)
+
     def history(
         self, tenant: str, key: bytes, limit: int = _HISTORY_VERSIONS
     ) -> list[HistoryEntry]:

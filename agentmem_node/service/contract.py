@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agentmem_cluster.errors import AgentMemError
+from agentmem_node.model import backups as bk
 from agentmem_node.model import operations as ops
 from agentmem_node.model import requests as rq
 from agentmem_node.model.limits import Limits
@@ -32,11 +33,26 @@ class Caller:
     hops: int = 0  # 1 when another node forwarded it: never forwarded twice
 
 
+class BackupService(Protocol):
+    """Backups, for operators. Raises Forbidden to everybody else."""
+
+    async def create(self, caller: Caller, request: bk.CreateBackup) -> bk.BackupWork: ...
+
+    async def restore(self, caller: Caller, request: bk.RestoreBackup) -> bk.BackupWork: ...
+
+    async def list(self, caller: Caller, url: str | None) -> bk.BackupList: ...
+
+    async def get(self, caller: Caller, work_id: str) -> bk.BackupWork: ...
+
+
 class NodeService(Protocol):
     """Every method raises errors of `agentmem_cluster.errors` only."""
 
     node_id: str
     limits: Limits
+
+    @property
+    def backups(self) -> BackupService: ...
 
     async def add(
         self, caller: Caller, items: Sequence[rq.AddRequest | AgentMemError]

@@ -18,7 +18,13 @@ from typing import Any
 
 import msgspec
 
-from agentmem_cluster.errors import AgentMemError, Conflict, NotFound, NotLeader
+from agentmem_cluster.errors import (
+    AgentMemError,
+    Conflict,
+    InternalError,
+    NotFound,
+    NotLeader,
+)
 from agentmem_cluster.runtime import Clock
 from agentmem_node.backup import catalog
 from agentmem_node.backup.manifest import ShardBackup
@@ -206,6 +212,8 @@ class Cuts:
             running = asyncio.ensure_future(asyncio.to_thread(work))
             try:
                 return await asyncio.shield(running)
+            except OSError as error:
+                raise InternalError(f"Shard {shard} could not be read: {error}.") from error
             except asyncio.CancelledError:
                 cut.progress.is_cancelled = True
                 await asyncio.gather(running, return_exceptions=True)

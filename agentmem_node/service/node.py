@@ -42,6 +42,9 @@ from agentmem_node.providers.base import EmbeddingProvider
 from agentmem_node.providers.registry import identity_of, open_provider
 from agentmem_node.security.keys import KeyOwner, KeyTable
 from agentmem_node.service.admission import open_record
+from agentmem_node.service.backup_parts import CALLS as BACKUP_CALLS
+from agentmem_node.service.backup_parts import BackupParts
+from agentmem_node.service.backup_work import Backups
 from agentmem_node.service.balance import balance_leaders
 from agentmem_node.service.certificates import load_authority, load_certificates
 from agentmem_node.service.changes import Changes
@@ -105,6 +108,7 @@ class Node:
         self._journal: Journal | None = None
         self._membership: Membership | None = None
         self._replicas: Replicas | None = None
+        self._backup_parts: BackupParts | None = None
         self._embedder: EmbeddingProvider | None = None
         self._text: TextEngine | None = None
         # All shards of the node share them: memory for blocks, and the thread that builds graphs.
@@ -150,6 +154,19 @@ class Node:
             settings=config.search,
         )
         self._serve_peers()
+        assert self._data is not None and self._membership is not None
+        self._backup_parts = BackupParts(
+            config,
+            self._data.path / "restore",
+            self._routing,
+            self._writes,
+            self._membership,
+            self._link,
+            clock=self.clock,
+            rng=self._rng,
+            version=Status.VERSION,
+        )
+        self._backup_parts.start()
         await self._wait_until_ready()
 
     def _model_loaded(self, loading: asyncio.Task[EmbeddingProvider | None]) -> None:
@@ -194,7 +211,7 @@ class Node:
             log.warning("journal: %s", self._journal.recovered.cut_reason)
         self._link = self._make_link(config)
         if self._link is not None:
-            for method in _CALLS:
+            for method in (*_CALLS, *BACKUP_CALLS):
                 self._link.register(method, self._not_yet)
         self._routing = Routing(self.node_id, self._link, self.clock)
         self._text = TextEngine(path / "text")
@@ -445,6 +462,8 @@ class Node:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._backup_parts is not None:
+            await self._backup_parts.stop()
         if self._membership is not None:
             await self._membership.stop()
         if self._replicas is not None:
@@ -472,6 +491,11 @@ class Node:
         return replace(caller, request_id=self._rng.token(16))
 
     # -- NodeService ----------------------------------------------------------------------
+
+    @property
+    def backups(self) -> Backups:
+        assert self._backup_parts is not None
+        return self._backup_parts.backups
 
     async def add(
         self, caller: Caller, items: Sequence[rq.AddRequest | AgentMemError]

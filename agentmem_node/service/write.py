@@ -427,6 +427,10 @@ class Writes:
                 hint="Free some space (limits.disk_free_bytes_min); writes resume by themselves.",
             )
 
+    async def propose(self, shard_id: str, write: Write, deadline: float) -> Written:
+        """A write that was decided elsewhere: by a restore. Raises what `add` raises."""
+        return await self._propose(shard_id, write, deadline)
+
     async def _propose(self, shard_id: str, write: Write, deadline: float) -> Written:
         command = encode_write(write)
         slots = _slots_of(write)

@@ -15,7 +15,8 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,8 +41,9 @@ def chunk_hash(data: bytes) -> bytes:
 class StorageSnapshot:
     """The shard as of one applied entry. To be closed: its pages are not reused while it lives.
 
-    `read` may be called in any thread until `close`. `reader` is the LMDB transaction that sees
-    this moment; one thread at a time may read rows through it.
+    `read` may be called in any thread until `close`, and so may `using`, which gives the LMDB
+    transaction that sees this moment. The shard may be closed meanwhile, because it moves away:
+    closing waits for who is reading, and whoever reads afterwards gets an OSError.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class StorageSnapshot:
         reader: Any = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.reader = reader
+        self._reader = reader
         self.size_bytes = size_bytes
         self._unpin: Callable[[], None] | None = unpin
         # A descriptor that is closed while another thread reads may be another file's by then.
@@ -74,9 +76,7 @@ class StorageSnapshot:
         if not 0 <= start < self.size_bytes:
             raise ValueError(f"chunk {number} is not within 0..{self.chunks - 1}")
         wanted = min(CHUNK_BYTES, self.size_bytes - start)
-        with self._lock:
-            if self._unpin is None:
-                raise OSError(f"chunk {number}: the snapshot is closed")
+        with self.using():
             data = os.pread(self._fd, wanted, start)
         if len(data) != wanted:
             raise OSError(f"chunk {number}: {len(data)} of {wanted} bytes could be read")
@@ -84,6 +84,14 @@ class StorageSnapshot:
         if start < len(metas):
             data = metas[start : start + wanted] + data[len(metas) - start :]
         return data
+
+    @contextmanager
+    def using(self) -> Iterator[Any]:
+        """The LMDB transaction, for a moment: it holds up who closes. Raises OSError."""
+        with self._lock:
+            if self._unpin is None:
+                raise OSError("the snapshot is closed: its shard has left this node")
+            yield self._reader
 
     def close(self) -> None:
         with self._lock:

@@ -140,3 +140,16 @@ def test_a_discarded_shard_leaves_nothing(tmp_path: Path) -> None:
     discard(tmp_path / "s00")
     discard(tmp_path / "s00")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_reads_a_closed_snapshot_is_told_and_touches_nothing(tmp_path: Path) -> None:
+    env = make(tmp_path / "source")
+    snapshot = env.open_snapshot()
+    with snapshot.using() as reader:
+        assert reader is not None
+    env.close()
+    assert not snapshot.is_open
+    with pytest.raises(OSError, match="has left this node"):
+        snapshot.read(0)
+    with pytest.raises(OSError, match="has left this node"), snapshot.using():
+        raise AssertionError("there is nothing to be used")
