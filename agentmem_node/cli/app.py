@@ -28,6 +28,7 @@ _COMMANDS = {
     "delete": "agentmem_node.cli.writing:delete",
     "history": "agentmem_node.cli.reading:history",
     "cluster": "agentmem_node.cli.cluster:cluster",
+    "backup": "agentmem_node.cli.backup:backup",
     "config": "agentmem_node.cli.settings:config",
     "key": "agentmem_node.cli.settings:key",
     "doctor": "agentmem_node.cli.doctor:doctor",

@@ -43,7 +43,7 @@ _LEADERS_S_MAX = 15.0
 _CALL_S = 10.0
 # What a poll may take beyond what it waits for.
 _POLL_S = 2.0
-_SILENCE_S_MAX = 45.0
+_SILENCE_S_MAX = 12.0
 _PROBE_S = 30.0
 
 _shard_decoder = msgspec.msgpack.Decoder(ShardBackup)
