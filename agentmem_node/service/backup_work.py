@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from agentmem_cluster.errors import (
     AgentMemError,
@@ -299,9 +300,10 @@ def summary_of(manifest: Manifest) -> BackupSummary:
 
 def _is_below(url: str, allowed: str) -> bool:
     """Whether a place is another, or within it; a way up leads nowhere."""
-    if ".." in url.split("/"):
-        return False
     place, _, query = url.removeprefix("file://").partition("?")
     base, _, base_query = allowed.removeprefix("file://").partition("?")
-    base = base.rstrip("/")
+    # As the store will read it: %2e%2e is a way up too.
+    place, base = unquote(place), unquote(base).rstrip("/")
+    if ".." in place.split("/"):
+        return False
     return (place == base or place.startswith(base + "/")) and query == base_query

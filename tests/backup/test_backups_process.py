@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,10 +20,11 @@ import pytest
 import agentmem_client as client
 from agentmem_node.backup import catalog
 from agentmem_node.backup.content import rows
-from agentmem_node.backup.fetch import fetch_shard
+from agentmem_node.backup.fetch import fetch_shard, plan
 from agentmem_node.backup.objects import ObjectStore, open_store
 from agentmem_node.backup.rows import FetchedShard
 from agentmem_node.backup.verify import verify
+from agentmem_node.cli.app import run
 from agentmem_node.cli.asking import NodeUnreachable, OneNode
 from agentmem_node.cli.devcluster import DevCluster
 from agentmem_node.cli.exits import CommandFailed, Exit
@@ -52,14 +54,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 
 def agentmem(*arguments: str, url: str = "", code: int = Exit.OK) -> Any:
-    command = [*AGENTMEM, *arguments, "--json"]
-    if url:
-        command += ["--url", url]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **CREDENTIALS}
-    )
-    assert done.returncode == code, done.stderr + done.stdout
-    return json.loads(done.stdout) if code == Exit.OK else done.stderr
+    """A command in this process: the JSON that it prints, or what it says when it fails."""
+    command = [*arguments, "--json", *(["--url", url] if url else [])]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        ended = run(command)
+    assert ended == code, err.getvalue() + out.getvalue()
+    return json.loads(out.getvalue()) if code == Exit.OK else err.getvalue()
 
 
 def work(node: OneNode, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -191,15 +192,12 @@ def test_an_owner_goes_back_to_any_moment_by_the_archived_log(
             memory.update(one, content=f"state {state}")
         last_ms = int(time.time() * 1000)
 
-        def is_archived() -> bool:
-            plan = subprocess.run(
-                [*AGENTMEM, "backup", "plan", store, "--at", format_ms(last_ms), "--json"],
-                capture_output=True,
-                timeout=60,
-            )
-            return plan.returncode == Exit.OK
-
-        wait_for(is_archived)
+        # Whoever leads: the next leader goes on where the archive ends.
+        cluster.kill(2)
+        memory.add("while a node is down", **user)
+        cluster.restart(2)
+        cluster.wait_ready()
+        wait_for(lambda: plan(open_store(store), until_ms=last_ms).faults == [])
         for at, content in [*moments[::-1], (format_ms(last_ms), "state 3")]:
             work(node, "/backups/restore", {"url": store, "at": at, **user})
             assert memory.get(one).content == content
