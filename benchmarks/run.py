@@ -28,6 +28,7 @@ PARTS = {
     "footprint": "benchmarks.footprint",
     "failover": "benchmarks.failover",
     "rolling": "benchmarks.rolling",
+    "backup": "benchmarks.backup",
 }
 _PART_S_MAX = 1_800
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from agentmem_cluster.errors import (
     AgentMemError,
     BadRequest,
     Conflict,
+    DiskFull,
     Forbidden,
     InternalError,
     InvalidField,
@@ -210,6 +212,11 @@ class Backups:
         except asyncio.CancelledError:
             shown.state, shown.phase = "failed", "called off"
             raise
+        except OSError as error:
+            log.warning("%s failed: %s", shown.id, error)
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kind = DiskFull if is_full else InternalError
+            self._failed(shown, kind(f"This node's disk failed the work: {error.strerror}."))
         except Exception as error:
             log.exception("%s failed", shown.id)
             self._failed(shown, InternalError(f"Something went wrong: {error}"))

@@ -24,6 +24,7 @@ from agentmem_cluster.errors import (
     InternalError,
     NotFound,
     NotLeader,
+    Unavailable,
 )
 from agentmem_cluster.runtime import Clock
 from agentmem_node.backup import catalog
@@ -122,6 +123,8 @@ class Cuts:
             raise NotLeader(f"This node does not lead shard {shard}.", leader=local.group.leader)
         await local.hold.begin(backup, lease_s)
         try:
+            if not local.machine.accepts:
+                raise Unavailable(f"Shard {shard} is between two epochs.", hint="Try again.")
             term = local.group.status().term
             snapshot = local.shard.open_snapshot()
         except BaseException:
@@ -139,9 +142,12 @@ class Cuts:
         deadline = self._clock.monotonic() + body["left_ms"] / 1000
         for shard in shards:
             cut = self._find(backup, shard)
-            await cut.local.group.read_index(deadline=deadline)
-            if not cut.local.group.is_leader or cut.local.group.status().term != cut.term:
+            group = cut.local.group
+            await group.read_index(deadline=deadline)
+            if not group.is_leader or group.status().term != cut.term:
                 raise Conflict(f"Shard {shard} got another leader while the backup was begun.")
+            if not cut.local.machine.accepts:
+                raise Conflict(f"Shard {shard} began to move while the backup was begun.")
 
     async def on_upload(self, _peer: str, body: dict[str, Any]) -> list[Any]:
         """Upload a shard; asked again and again until it is done.
