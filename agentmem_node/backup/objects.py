@@ -99,7 +99,8 @@ class DirectoryStore:
         except OSError as error:
             raise self._failed("written", path, error) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
         return True
 
     def get(self, name: str) -> bytes:

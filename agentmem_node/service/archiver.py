@@ -91,6 +91,9 @@ class Archiver:
                     log.exception("archiving the log of %s failed", shard)
                 failed = True
                 self._failed(shard, error)
+                if shard in self._places:
+                    # A segment may have been written all the same: look before reading on.
+                    self._places[shard].is_known = False
         for gone in self._places.keys() - self._routing.local.keys():
             del self._places[gone]
         if not failed and self.fault is not None:
