@@ -27,6 +27,7 @@ from agentmem_node.backup.content import Content, content_of
 from agentmem_node.backup.errors import BackupDamaged, RestoreImpossible
 from agentmem_node.backup.manifest import Manifest, ShardBackup, manifest_name
 from agentmem_node.backup.objects import ObjectStore
+from agentmem_node.backup.pipeline import in_order
 from agentmem_node.backup.upload import Progress
 from agentmem_node.engine.shard import Shard
 from agentmem_node.model.times import format_ms
@@ -159,18 +160,24 @@ def _download(store: ObjectStore, shard: ShardBackup, staged: Path, progress: Pr
     progress.total_bytes = shard.size_bytes
     writer = SnapshotWriter(staged, shard.size_bytes)
     try:
-        for number, digest in enumerate(shard.hashes):
+        hashes = shard.hashes
+
+        def download(number: int) -> tuple[int, int]:
+            """(bytes of the chunk, bytes that had to be fetched)."""
             progress.check()
             standing = writer.standing(number)
-            if standing is None or hash_of(standing) != digest:
-                data = chunks.get(digest)
-                try:
-                    writer.write(number, data)
-                except ValueError as error:
-                    raise BackupDamaged(f"Shard {shard.id} of the backup: {error}.") from error
-                progress.moved_bytes += len(data)
-                standing = data
-            progress.done_bytes += len(standing)
+            if standing is not None and hash_of(standing) == hashes[number]:
+                return len(standing), 0
+            data = chunks.get(hashes[number])
+            try:
+                writer.write(number, data)
+            except ValueError as error:
+                raise BackupDamaged(f"Shard {shard.id} of the backup: {error}.") from error
+            return len(data), len(data)
+
+        for size_bytes, moved_bytes in in_order(download, len(hashes), "restore-chunk"):
+            progress.done_bytes += size_bytes
+            progress.moved_bytes += moved_bytes
         writer.finish(shard.checkpoint)
     finally:
         writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from agentmem_node.backup.chunks import Chunks, hash_of
 from agentmem_node.backup.content import Content, ContentDigest, rows
 from agentmem_node.backup.manifest import ShardBackup
 from agentmem_node.backup.objects import ObjectStore
+from agentmem_node.backup.pipeline import in_order
 from agentmem_node.storage.layout import State
 from agentmem_node.storage.snapshot import CHUNK_BYTES, StorageSnapshot
 
@@ -43,14 +45,16 @@ class RateLimit:
     def __init__(self, bytes_per_s: int) -> None:
         self._bytes_per_s = bytes_per_s
         self._free_at_s = 0.0
+        self._lock = threading.Lock()
 
     def spend(self, size_bytes: int) -> None:
         """Wait until that many bytes may go."""
         if not self._bytes_per_s:
             return
         now_s = time.monotonic()
-        start_s = max(now_s, self._free_at_s)
-        self._free_at_s = start_s + size_bytes / self._bytes_per_s
+        with self._lock:
+            start_s = max(now_s, self._free_at_s)
+            self._free_at_s = start_s + size_bytes / self._bytes_per_s
         if start_s > now_s:
             time.sleep(start_s - now_s)
 
@@ -79,18 +83,22 @@ def upload_shard(
     uploaded_chunks = uploaded_bytes = 0
     progress.phase = "uploading"
     progress.total_bytes = snapshot.size_bytes
-    for number in range(snapshot.chunks):
+
+    def upload(number: int) -> tuple[bytes, int]:
         progress.check()
         data = snapshot.read(number)
         digest = hash_of(data)
-        if replace or digest not in known:
-            rate.spend(len(data))
-            digest, sent = chunks.put(data, replace=replace)
-            uploaded_chunks += sent > 0
-            uploaded_bytes += sent
-            progress.moved_bytes += sent
+        if digest in known and not replace:
+            return digest, 0
+        rate.spend(len(data))
+        return chunks.put(data, replace=replace)
+
+    for number, (digest, sent) in enumerate(in_order(upload, snapshot.chunks, "backup-chunk"), 1):
         hashes.append(digest)
-        progress.done_bytes = min(snapshot.size_bytes, (number + 1) * CHUNK_BYTES)
+        uploaded_chunks += sent > 0
+        uploaded_bytes += sent
+        progress.moved_bytes = uploaded_bytes
+        progress.done_bytes = min(snapshot.size_bytes, number * CHUNK_BYTES)
     progress.phase = "adding up"
     content = _content(snapshot, databases, progress)
     state = State.unpack(snapshot.checkpoint.state)

@@ -39,8 +39,8 @@ log = logging.getLogger("agentmem.backup")
 # A snapshot that nobody asks for any more keeps pages of its shard from being used again.
 _FORGOTTEN_S = 60.0
 _LOOK_S = 5.0
-# Of one node at a time: more would fight for the same disk and the same wire.
-_UPLOADS_MAX = 2
+# Shards of one node at a time: each sends several chunks at once.
+_UPLOADS_MAX = 1
 _POLL_S_MAX = 10.0
 
 _packer = msgspec.msgpack.Encoder()

@@ -10,6 +10,7 @@ import pytest
 
 from agentmem_node.backup.errors import BackupDestination, BackupMissing, BackupUnreachable
 from agentmem_node.backup.objects import DirectoryStore, ObjectStore, open_store
+from agentmem_node.backup.pipeline import AT_ONCE, in_order
 
 
 def names(store: ObjectStore, prefix: str = "", after: str = "") -> list[str]:
@@ -111,3 +112,22 @@ def test_a_bucket_that_does_not_exist_says_what_it_needs(s3_url: str) -> None:
     with pytest.raises(BackupUnreachable, match="NoSuchBucket") as told:
         lost.put("a", b"1")
     assert "AWS_ACCESS_KEY_ID" in told.value.hint
+
+
+def test_transfers_at_once_keep_their_order_and_stop_at_the_first_that_fails() -> None:
+    begun = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number == 20:
+            raise OSError("the wire is cut")
+        return number
+
+    assert list(in_order(work, 20, "test")) == list(range(20))
+    begun.clear()
+    done = []
+    with pytest.raises(OSError, match="cut"):
+        for number in in_order(work, 1_000, "test"):
+            done.append(number)
+    assert done == list(range(20))
+    assert len(begun) <= 20 + 2 * AT_ONCE
