@@ -345,16 +345,9 @@ class BackupSection(_Section, frozen=True):
         list[str],
         Meta(
             max_length=100,
-            description="Places, and what is below them, that a request may name. Empty: any. "
-            "A node writes there with its own rights.",
-        ),
-    ] = []
-    operators: Annotated[
-        list[str],
-        Meta(
-            max_length=1_000,
-            description="Ids of API keys that may make and restore backups, which hold the "
-            "memories of all tenants. A node that needs no keys asks nobody.",
+            description="Places that a request may name besides `url`, with what is below them: a "
+            "backup holds the memories of all tenants, and a node writes with its own rights. "
+            "Empty: none where there are API keys, any on a node that needs none.",
         ),
     ] = []
     archive: Annotated[

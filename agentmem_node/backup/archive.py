@@ -63,6 +63,13 @@ class Segment(NamedTuple):
         return found if 0 < found.first <= found.last else None
 
 
+class Contents(NamedTuple):
+    """What a segment holds. `slots`: [first, end) of its shard in its epoch."""
+
+    entries: list[Entry]
+    slots: tuple[int, int]
+
+
 class Reached(msgspec.Struct, frozen=True):
     """At `at_ms` on its leader's clock, a shard's log was archived up to entry `last`."""
 
@@ -78,19 +85,19 @@ class Gap(NamedTuple):
     last: int
 
 
-def pack(segment: Segment, entries: Sequence[Entry]) -> bytes:
+def pack(segment: Segment, entries: Sequence[Entry], slots: tuple[int, int]) -> bytes:
     """The object of a segment. Raises ValueError when the entries are not those of its name."""
     expected = range(segment.first, segment.last + 1)
     if [entry.index for entry in entries] != list(expected):
         raise ValueError(f"{segment.name} is to hold other entries than it was given")
     rows = [(entry.term, entry.command) for entry in entries]
     body: bytes = zlib.compress(msgpack.packb(rows), _LEVEL)
-    head: bytes = msgpack.packb(list(segment))
+    head: bytes = msgpack.packb([*segment, *slots])
     data = _MAGIC + len(head).to_bytes(2, "big") + head + body
     return data + hashlib.blake2b(data, digest_size=_SUM_BYTES).digest()
 
 
-def unpack(segment: Segment, raw: bytes) -> list[Entry]:
+def unpack(segment: Segment, raw: bytes) -> Contents:
     """Raises BackupDamaged."""
     name = segment.name
     data, checksum = raw[:-_SUM_BYTES], raw[-_SUM_BYTES:]
@@ -105,17 +112,18 @@ def unpack(segment: Segment, raw: bytes) -> list[Entry]:
         unpacker = zlib.decompressobj()
         plain = unpacker.decompress(data[end:], _PLAIN_BYTES_MAX)
         rows: Any = msgpack.unpackb(plain)
-        if head != list(segment) or not unpacker.eof:
+        if head[:-2] != list(segment) or not unpacker.eof:
             raise ValueError("it is another segment than its name says")
         entries = [
             Entry(segment.first + number, int(term), bytes(command))
             for number, (term, command) in enumerate(rows)
         ]
+        slots = (int(head[-2]), int(head[-1]))
     except (ValueError, TypeError, zlib.error, msgpack.UnpackException) as error:
         raise damaged(name, str(error)) from error
     if len(entries) != segment.last - segment.first + 1:
         raise damaged(name, "entries are missing in it")
-    return entries
+    return Contents(entries, slots)
 
 
 def at_ms_of(command: bytes) -> int | None:
@@ -131,10 +139,12 @@ class Archive:
         self._store = store
         self.cluster_id = cluster_id
 
-    def append(self, shard: str, epoch: int, entries: Sequence[Entry]) -> Segment:
-        """Write entries as one segment, which is durable on return."""
+    def append(
+        self, shard: str, epoch: int, entries: Sequence[Entry], slots: tuple[int, int]
+    ) -> Segment:
+        """Write entries as one segment, which is durable on return. `slots`: the shard's."""
         segment = Segment(self.cluster_id, shard, epoch, entries[0].index, entries[-1].index)
-        self._store.put_if_absent(segment.name, pack(segment, entries))
+        self._store.put_if_absent(segment.name, pack(segment, entries, slots))
         return segment
 
     def segments(self, shard: str, epoch: int | None = None, after: str = "") -> list[Segment]:
@@ -145,7 +155,7 @@ class Archive:
         found = (Segment.of_name(item.name) for item in self._store.list(prefix, after))
         return [segment for segment in found if segment is not None]
 
-    def read(self, segment: Segment) -> list[Entry]:
+    def read(self, segment: Segment) -> Contents:
         """Raises BackupMissing, BackupDamaged."""
         return unpack(segment, self._store.get(segment.name))
 
@@ -171,12 +181,18 @@ class Archive:
         return gaps(self.segments(shard), after)
 
     def entries(
-        self, shard: str, after: int, epoch: int, until_ms: int | None
+        self,
+        shard: str,
+        after: int,
+        epoch: int,
+        until_ms: int | None,
+        slots: tuple[int, int] | None = None,
     ) -> Iterator[list[Entry]]:
         """What follows entry `after` of `epoch`, in the history that holds at `until_ms`.
 
         Batches end before the first entry that may be too late; the caller keeps the running
-        maximum. Raises RestoreImpossible at a gap, BackupDamaged, BackupMissing.
+        maximum. Raises RestoreImpossible at a gap, and where the shard has not `slots` any more
+        because it was split; BackupDamaged, BackupMissing.
         """
         chain = _Chain(self, self.segments(shard), epoch, until_ms)
         expected = after + 1
@@ -187,7 +203,14 @@ class Archive:
             if segment.first > expected:
                 raise gap_error(shard, Gap(expected, segment.first - 1))
             batch = []
-            for entry in self.read(segment):
+            contents = self.read(segment)
+            if slots is not None and contents.slots != slots:
+                raise RestoreImpossible(
+                    f"Shard {shard} was split at entry {segment.first - 1}.",
+                    hint="Restore a moment before that, or one after a later backup.",
+                    shard=shard,
+                )
+            for entry in contents.entries:
                 if not expected <= entry.index <= end:
                     continue
                 batch.append(entry)
@@ -222,7 +245,7 @@ class _Chain:
 
     def _begins_after(self, archive: Archive, epoch: int, until_ms: int) -> bool:
         for segment in self._by_epoch[epoch]:
-            for entry in archive.read(segment):
+            for entry in archive.read(segment).entries:
                 at_ms = at_ms_of(entry.command)
                 if at_ms is not None:
                     return at_ms > until_ms

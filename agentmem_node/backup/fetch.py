@@ -209,7 +209,10 @@ def _replay(
         start = open_shard.applied_index
         if start == shard.applied_index and open_shard.digest() != shard.digest:
             raise _differs(manifest, shard, "the digest of its log")
-        for batch in archive.entries(shard.id, start, open_shard.epoch_state.epoch, until_ms):
+        info = manifest.shard_map.shards[shard.id]
+        slots = (info.slot_start, info.slot_end)
+        epoch = open_shard.epoch_state.epoch
+        for batch in archive.entries(shard.id, start, epoch, until_ms, slots):
             progress.check()
             wanted: list[Entry] = []
             for entry in batch:

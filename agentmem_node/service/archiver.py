@@ -116,7 +116,8 @@ class Archiver:
                 continue
             if not entries:
                 break
-            segment = await asyncio.to_thread(archive.append, shard, place.epoch, entries)
+            slots = (local.info.slot_start, local.info.slot_end)
+            segment = await asyncio.to_thread(archive.append, shard, place.epoch, entries, slots)
             place.last, place.name = segment.last, segment.name
             is_news = True
         local.group.retain(place.last)

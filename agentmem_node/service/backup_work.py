@@ -1,4 +1,4 @@
-"""Backups as operators ask for them: who may, what is under way on this node, what is kept."""
+"""Backups as operators ask for them: where to, what is under way on this node, what is kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from agentmem_cluster.errors import (
     BadRequest,
     Conflict,
     DiskFull,
-    Forbidden,
     InternalError,
     InvalidField,
 )
@@ -83,8 +82,7 @@ class Backups:
     # -- what is asked ----------------------------------------------------------------------
 
     async def create(self, caller: Caller, request: CreateBackup) -> BackupWork:
-        """Begin a backup. Raises Forbidden, BackupDestination, Conflict (one is being made)."""
-        self._check(caller)
+        """Begin a backup. Raises BackupDestination, Conflict (one is being made)."""
         url = self._url(request.url)
         if any(w.shown.kind == "create" and w.shown.state == "running" for w in self._all()):
             raise Conflict("This node is making a backup already.", hint="Wait until it is done.")
@@ -114,8 +112,7 @@ class Backups:
         return self._begin("create", backup_id, url, make, refresh)
 
     async def restore(self, caller: Caller, request: RestoreBackup) -> BackupWork:
-        """Begin a restore. Raises Forbidden, BackupDestination, BadRequest, Conflict."""
-        self._check(caller)
+        """Begin a restore. Raises BackupDestination, BadRequest, Conflict."""
         wanted = self._wanted(caller, request, self._url(request.url))
         running = [w for w in self._all() if w.shown.state == "running"]
         if any(w.shown.kind == "restore" for w in running):
@@ -138,8 +135,7 @@ class Backups:
         return self._begin("restore", work_id, wanted.url, run, refresh)
 
     async def list(self, caller: Caller, url: str | None) -> BackupList:
-        """Raises Forbidden, BackupDestination, BackupUnreachable."""
-        self._check(caller)
+        """Raises BackupDestination, BackupUnreachable."""
         url = self._url(url)
         found = await asyncio.to_thread(lambda: catalog.listed(open_store(url)))
         return BackupList(
@@ -155,8 +151,7 @@ class Backups:
         )
 
     async def get(self, caller: Caller, work_id: str) -> BackupWork:
-        """Work that this node began. Raises Forbidden, BackupMissing."""
-        self._check(caller)
+        """Work that this node began. Raises BackupMissing."""
         work = self._work.get(work_id)
         if work is None:
             raise BackupMissing(
@@ -231,15 +226,6 @@ class Backups:
         text = f"{error.message} {error.hint}".strip()
         shown.state, shown.error = "failed", WorkError(code=error.code, detail=text)
 
-    def _check(self, caller: Caller) -> None:
-        """A backup holds the memories of all tenants: not every key may order one."""
-        settings = self._config.backup
-        if self._config.keys_required and caller.key_id not in settings.operators:
-            raise Forbidden(
-                "This API key may not make, see or restore backups.",
-                hint="Name the key's id in the setting backup.operators.",
-            )
-
     def _url(self, given: str | None) -> str:
         settings = self._config.backup
         url = given or settings.url
@@ -248,11 +234,15 @@ class Backups:
                 "It is not said where backups are kept.",
                 hint="Give a URL, or set backup.url on the nodes.",
             )
-        allowed = settings.allow
-        if given is not None and allowed and not any(_is_below(given, a) for a in allowed):
+        # A backup holds the memories of all tenants. Who administers a cluster has no right to
+        # those, so where there are keys the configuration says where backups may go.
+        allowed = [*settings.allow, *([] if settings.url is None else [settings.url])]
+        is_free = not settings.allow and not self._config.keys_required
+        if not is_free and not any(_is_below(url, place) for place in allowed):
             raise BackupDestination(
-                f"Backups may not be kept at {given.partition('?')[0][:200]!r}.",
-                hint=f"Allowed by backup.allow: {', '.join(allowed)}.",
+                f"Backups may not be kept at {url.partition('?')[0][:200]!r}.",
+                hint="The settings backup.url and backup.allow name where they may: "
+                f"{', '.join(allowed) or 'nowhere yet'}.",
             )
         open_store(url)  # a URL that is none is told at once
         return url

@@ -34,7 +34,7 @@ class Caller:
 
 
 class BackupService(Protocol):
-    """Backups, for operators. Raises Forbidden to everybody else."""
+    """Backups, for those who may administer the cluster."""
 
     async def create(self, caller: Caller, request: bk.CreateBackup) -> bk.BackupWork: ...
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentmem_cluster.errors import AgentMemError
+from agentmem_cluster.errors import AgentMemError, MapMoved
 from agentmem_cluster.runtime import Clock
 from agentmem_cluster.shardmap import ShardInfo
 from agentmem_node.backup.content import ContentDigest, Row
@@ -242,7 +242,11 @@ class Restorer:
 
         async def write(tenant: str, at_ms: int, part: list[tuple[Row, Step]]) -> None:
             async with slots:
-                statuses = await self._propose(tenant, at_ms, [step for _, step in part])
+                try:
+                    statuses = await self._propose(tenant, at_ms, [step for _, step in part])
+                except MapMoved:  # the shard was split: its rows are grouped anew
+                    lost.extend(row for row, _ in part)
+                    return
             for (row, step), status in zip(part, statuses, strict=True):
                 if status == "ok":
                     seen[row.tenant, row.id] = step.after
@@ -369,7 +373,8 @@ class Restorer:
             try:
                 return await ask(self._clock.monotonic() + _TRY_S)
             except AgentMemError as error:
-                if not error.retryable or attempt + 1 == _TRIES_MAX:
+                is_final = isinstance(error, MapMoved) or not error.retryable
+                if is_final or attempt + 1 == _TRIES_MAX:
                     raise
                 await asyncio.sleep(error.retry_after_s or _AGAIN_S)
         raise AssertionError("the last attempt raises")

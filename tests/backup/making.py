@@ -148,9 +148,13 @@ class SmallCluster:
             begin = 0
             for end in sorted({*(cut for cut in cuts if cut < len(entries)), len(entries)}):
                 if end > begin:
-                    archive.append(name, 1, entries[begin:end])
+                    archive.append(name, 1, entries[begin:end], self.slots(name))
                     begin = end
             archive.mark(name, Reached(1, len(entries), reached_ms))
+
+    def slots(self, name: str) -> tuple[int, int]:
+        info = self.map.shards[name]
+        return info.slot_start, info.slot_end
 
     def close(self) -> None:
         for shard in self.open.values():

@@ -196,9 +196,10 @@ def test_what_followed_a_seal_is_not_replayed_and_the_next_epoch_is(tmp_path: Pa
     shard.apply(first)
     shard.apply(second)
     archive = Archive(store, CLUSTER)
-    archive.append("s00", 1, [*first, *late[:1]])
-    archive.append("s00", 1, late[1:])
-    archive.append("s00", 2, second)
+    slots = cluster.slots("s00")
+    archive.append("s00", 1, [*first, *late[:1]], slots)
+    archive.append("s00", 1, late[1:], slots)
+    archive.append("s00", 2, second, slots)
     fetched = fetch_shard(
         store, manifest, "s00", tmp_path / "back", until_ms=START_MS + 99, map_bytes=MAP_BYTES
     )
@@ -220,11 +221,11 @@ def test_an_epoch_founded_from_an_older_state_takes_the_place_of_what_it_undid(
     shard = cluster.open["s00"]
     archive = Archive(store, CLUSTER)
     undone = [entry(n, add(n), at_ms=START_MS + n) for n in range(1, 9)]
-    archive.append("s00", 1, undone)
+    archive.append("s00", 1, undone, cluster.slots("s00"))
     kept = undone[:4]
     again = [Entry(5, 2, control(Begin(2)))]
     again += [entry(n, add(100 + n), at_ms=START_MS + 50 + n) for n in range(6, 9)]
-    archive.append("s00", 2, again)
+    archive.append("s00", 2, again, cluster.slots("s00"))
     shard.apply([*kept, *again])
     now = fetch_shard(
         store, manifest, "s00", tmp_path / "now", until_ms=START_MS + 99, map_bytes=MAP_BYTES
@@ -234,6 +235,24 @@ def test_an_epoch_founded_from_an_older_state_takes_the_place_of_what_it_undid(
         store, manifest, "s00", tmp_path / "then", until_ms=START_MS + 8, map_bytes=MAP_BYTES
     )
     assert (then.applied_index, then.content.memories) == (8, 8)
+    cluster.close()
+
+
+def test_a_moment_after_a_split_is_refused_and_one_before_it_is_not(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    cluster = SmallCluster(tmp_path / "shards", 1)
+    manifest = cluster.backup(store, START_MS - 1)
+    archive = Archive(store, CLUSTER)
+    whole, half = (0, 16_384), (0, 8_192)
+    archive.append("s00", 1, [entry(1, add(1)), Entry(2, 1, control(Seal(1)))], whole)
+    archive.append("s00", 2, [Entry(3, 2, control(Begin(2))), entry(4, add(2))], half)
+    with pytest.raises(RestoreImpossible, match="was split at entry 2"):
+        fetch_shard(store, manifest, "s00", tmp_path / "late", until_ms=START_MS + 9)
+    assert not (tmp_path / "late").exists()
+    before = fetch_shard(
+        store, manifest, "s00", tmp_path / "early", until_ms=START_MS + 1, map_bytes=MAP_BYTES
+    )
+    assert before.applied_index == 2
     cluster.close()
 
 

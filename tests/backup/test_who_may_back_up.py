@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from agentmem_cluster.errors import AgentMemError, Forbidden
+from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.realtime import RealClock
+from agentmem_node.api.backup_routes import BACKUP_ROUTES
 from agentmem_node.backup.errors import BackupDestination
 from agentmem_node.config import load
 from agentmem_node.model.backups import CreateBackup, RestoreBackup
@@ -40,27 +41,26 @@ def ask(settings: dict[str, Any], key_id: str, request: CreateBackup | RestoreBa
     asyncio.run(main())
 
 
-KEYS = {
-    "security.api_keys": [
-        {"tenant": "acme", "id": "agent", "key_hash": "ab" * 32},
-        {"tenant": "acme", "id": "boss", "key_hash": "cd" * 32},
-    ]
-}
+KEYS = {"security.api_keys": [{"tenant": "acme", "admin": True, "key_hash": "ab" * 32}]}
 
 
-def test_a_key_that_is_not_an_operators_may_not(tmp_path: Path) -> None:
-    url = str(tmp_path)
-    for request in (CreateBackup(url=url), RestoreBackup(url=url, tenant="other")):
-        with pytest.raises(Forbidden) as told:
-            ask(KEYS, "agent", request)
-        assert "backup.operators" in told.value.hint
-        with pytest.raises(Forbidden):
-            ask(KEYS | {"backup.operators": ["boss"]}, "agent", request)
-    ask(KEYS | {"backup.operators": ["boss"]}, "boss", CreateBackup(url=url))
+def test_where_there_are_keys_only_configured_places_are_taken(tmp_path: Path) -> None:
+    for request in (CreateBackup(url="/tmp/elsewhere"), RestoreBackup(url="/tmp/elsewhere")):
+        for settings in (KEYS, KEYS | {"backup.url": str(tmp_path)}):
+            with pytest.raises(BackupDestination, match="may not be kept"):
+                ask(settings, "boss", request)
+    ask(KEYS | {"backup.url": str(tmp_path)}, "boss", CreateBackup(url=str(tmp_path)))
+    ask(KEYS | {"backup.url": str(tmp_path)}, "boss", CreateBackup())
+    ask(KEYS | {"backup.allow": [str(tmp_path)]}, "boss", CreateBackup(url=f"{tmp_path}/daily"))
 
 
-def test_a_node_without_keys_asks_nobody(tmp_path: Path) -> None:
+def test_a_node_without_keys_takes_any_place(tmp_path: Path) -> None:
     ask({}, "", CreateBackup(url=str(tmp_path)))
+
+
+def test_every_route_of_backups_needs_an_admins_key() -> None:
+    assert len(BACKUP_ROUTES) == 4
+    assert all(route.needs_admin and not route.is_open for route in BACKUP_ROUTES)
 
 
 @pytest.mark.parametrize(
