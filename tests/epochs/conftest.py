@@ -86,6 +86,14 @@ class Cluster:
         made = {name: Node(self.config(name), on_fatal=self.failures.append) for name in names}
         self.nodes |= made
         await asyncio.gather(*(node.start() for node in made.values()))
+        await self.until(
+            lambda: all(
+                node._routing.is_connected(name)
+                for node in self.nodes.values()
+                for name in self.nodes
+            ),
+            "every node is connected to every other",
+        )
 
     async def stop(self, *names: str) -> None:
         for name in names or tuple(self.nodes):
