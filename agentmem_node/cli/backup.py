@@ -1,4 +1,4 @@
-"""`agentmem backup create`, `list`, `verify`, `plan`, `restore` and `prune`."""
+"""`agentmem backup create`, `list`, `verify`, `plan`, `restore`, `rewind` and `prune`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from rich.progress import (
 
 from agentmem_cluster.errors import AgentMemError
 from agentmem_node.cli.asking import NodeUnreachable, OneNode
+from agentmem_node.cli.changing import carry_out, change_options
 from agentmem_node.cli.connect import connection_options, scope_of, scope_options
 from agentmem_node.cli.exits import CommandFailed, Exit
 from agentmem_node.cli.groups import SuggestingGroup
 from agentmem_node.cli.output import console, print_json, table, wants_json
+from agentmem_node.model import operations as ops
 
 T = TypeVar("T")
 
@@ -288,6 +290,25 @@ def restore(
     for example in done["examples"] if dry_run else ():
         console().print(f"  {example['id']}  {example['event']}")
     return Exit.OK
+
+
+@backup.command(short_help="Take the whole cluster back to a backup, or to a moment.")
+@click.argument("destination", metavar="URL")
+@click.option("--backup", "backup_id", metavar="ID", help="Default: the newest that fits.")
+@click.option("--at", "at", metavar="TIME", help="The moment to go back to, RFC 3339.")
+@change_options
+def rewind(destination: str, backup_id: str | None, at: str | None, **options: Any) -> int:
+    """Take every shard back, one after the other: each begins its next epoch from the backup.
+
+    What was written since is gone from the cluster; a backup made before keeps it. The digests
+    are those of the moment. Shards must be cut as they were then.
+
+    \b
+    agentmem backup rewind /var/backups/agentmem --dry-run
+    agentmem backup rewind /var/backups/agentmem --at 2026-01-31T09:30:00Z
+    """
+    wish = ops.OperationWish(kind="rewind", url=destination, backup=backup_id, at=at)
+    return carry_out(wish, **options)
 
 
 @backup.command()

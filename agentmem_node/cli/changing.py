@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _OF_A_NODE = ("drain", "undrain", "remove")
 
 
-def _change_options(command: F) -> F:
+def change_options(command: F) -> F:
     """What every command has that changes a cluster."""
     for option in (
         click.option("--detach", is_flag=True, help="Begin it and do not wait for its end."),
@@ -39,7 +39,7 @@ def _change_options(command: F) -> F:
 @click.argument("shard", metavar="SHARD")
 @click.argument("node", metavar="NODE")
 @click.option("--away-from", metavar="NODE", help="Who gives its replica up. Default: it chooses.")
-@_change_options
+@change_options
 def move(shard: str, node: str, away_from: str | None, **options: Any) -> int:
     """Give SHARD a replica on NODE; one of its nodes gives its own up.
 
@@ -48,13 +48,13 @@ def move(shard: str, node: str, away_from: str | None, **options: Any) -> int:
     agentmem cluster move s03 n4 --away-from n1 --yes
     """
     wish = ops.OperationWish(kind="move", shard=shard, node=node, away_from=away_from)
-    return _carry_out(wish, **options)
+    return carry_out(wish, **options)
 
 
 @click.command(short_help="Take every replica off a node, or let it have some again.")
 @click.argument("node", metavar="NODE")
 @click.option("--undo", is_flag=True, help="Let the node have replicas again.")
-@_change_options
+@change_options
 def drain(node: str, undo: bool, **options: Any) -> int:
     """Take every replica off NODE, one shard after the other; it gets none until --undo.
 
@@ -64,12 +64,12 @@ def drain(node: str, undo: bool, **options: Any) -> int:
     agentmem cluster drain n3
     agentmem cluster drain n3 --undo
     """
-    return _carry_out(ops.OperationWish(kind="undrain" if undo else "drain", node=node), **options)
+    return carry_out(ops.OperationWish(kind="undrain" if undo else "drain", node=node), **options)
 
 
 @click.command(short_help="Drain a node, or replace one that is gone, and forget it.")
 @click.argument("node", metavar="NODE")
-@_change_options
+@change_options
 def remove(node: str, **options: Any) -> int:
     """Take every replica off NODE and have the cluster forget it, whether it is up or gone.
 
@@ -77,11 +77,11 @@ def remove(node: str, **options: Any) -> int:
     agentmem cluster remove n3
     agentmem cluster remove n3 --yes --detach --json
     """
-    return _carry_out(ops.OperationWish(kind="remove", node=node), **options)
+    return carry_out(ops.OperationWish(kind="remove", node=node), **options)
 
 
 @click.command(short_help="Spread replicas and leaders evenly.")
-@_change_options
+@change_options
 def rebalance(**options: Any) -> int:
     """Spread replicas and leaders evenly over the nodes and their zones, with few moves.
 
@@ -89,7 +89,7 @@ def rebalance(**options: Any) -> int:
     agentmem cluster rebalance --dry-run
     agentmem cluster rebalance
     """
-    return _carry_out(ops.OperationWish(kind="rebalance"), **options)
+    return carry_out(ops.OperationWish(kind="rebalance"), **options)
 
 
 @click.command(short_help="Cut a shard in two.")
@@ -101,7 +101,7 @@ def rebalance(**options: Any) -> int:
     metavar="SLOT",
     help="First slot of the new shard. Default: the middle.",
 )
-@_change_options
+@change_options
 def split(shard: str, at_slot: int | None, **options: Any) -> int:
     """Cut SHARD in two, on the nodes that have it; they can be moved apart afterwards.
 
@@ -109,10 +109,10 @@ def split(shard: str, at_slot: int | None, **options: Any) -> int:
     agentmem cluster split s03
     agentmem cluster split s03 --at 9000
     """
-    return _carry_out(ops.OperationWish(kind="split", shard=shard, at_slot=at_slot), **options)
+    return carry_out(ops.OperationWish(kind="split", shard=shard, at_slot=at_slot), **options)
 
 
-def _carry_out(
+def carry_out(
     wish: ops.OperationWish,
     *,
     is_sure: bool,

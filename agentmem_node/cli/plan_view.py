@@ -45,6 +45,8 @@ def wish_text(wish: ops.OperationWish) -> str:
         case "split":
             at = f" at slot {wish.at_slot}" if wish.at_slot is not None else ""
             return f"split {wish.shard}{at}"
+        case "rewind":
+            return f"go back to {wish.at or wish.backup or 'the newest backup'}"
         case "rebalance" | "heal":
             return wish.kind
         case _:

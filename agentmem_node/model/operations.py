@@ -16,7 +16,7 @@ from msgspec import Meta
 from agentmem_cluster.errors import InvalidField, NotFound
 from agentmem_cluster.ring import SLOTS
 
-Kind = Literal["move", "drain", "undrain", "remove", "rebalance", "split", "heal"]
+Kind = Literal["move", "drain", "undrain", "remove", "rebalance", "split", "rewind", "heal"]
 StepState = Literal["pending", "copying", "sealed", "founded", "done", "failed"]
 OperationState = Literal["running", "stopped", "done", "failed"]
 Action = Literal["stop", "resume"]
@@ -33,9 +33,10 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "remove": (("node",), ()),
     "rebalance": ((), ()),
     "split": (("shard",), ("at_slot",)),
+    "rewind": (("url",), ("backup", "at")),
     "heal": ((), ()),
 }
-_WISHED = ("node", "shard", "away_from", "at_slot")
+_WISHED = ("node", "shard", "away_from", "at_slot", "url", "backup", "at")
 
 
 class OperationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -47,6 +48,7 @@ class OperationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             description="`move` gives `shard` a replica on `node`; `drain` takes every replica "
             "off `node` and `undrain` lets it have some again; `remove` drains `node` and forgets "
             "it; `rebalance` spreads replicas and leaders evenly; `split` cuts `shard` in two; "
+            "`rewind` takes every shard back to a backup, or to a moment since; "
             "`heal` is what the cluster begins by itself when a node or a disk is lost."
         ),
     ]
@@ -70,6 +72,33 @@ class OperationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 ge=1,
                 le=SLOTS - 1,
                 description="Of a split: the first slot of the new shard. Default: the middle.",
+            ),
+        ]
+        | None
+    ) = None
+
+    url: (
+        Annotated[str, Meta(max_length=2_000, description="Of a rewind: where the backups are.")]
+        | None
+    ) = None
+    backup: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=80,
+                pattern=r"^[A-Za-z0-9._-]+$",
+                description="Of a rewind: which backup. Default: the newest that fits.",
+            ),
+        ]
+        | None
+    ) = None
+    at: (
+        Annotated[
+            str,
+            Meta(
+                max_length=40,
+                description="Of a rewind: the moment, RFC 3339; needs the archived log.",
             ),
         ]
         | None

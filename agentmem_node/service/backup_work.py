@@ -83,7 +83,7 @@ class Backups:
 
     async def create(self, caller: Caller, request: CreateBackup) -> BackupWork:
         """Begin a backup. Raises BackupDestination, Conflict (one is being made)."""
-        url = self._url(request.url)
+        url = self.place(request.url)
         if any(w.shown.kind == "create" and w.shown.state == "running" for w in self._all()):
             raise Conflict("This node is making a backup already.", hint="Wait until it is done.")
         told = backups.Told()
@@ -113,7 +113,7 @@ class Backups:
 
     async def restore(self, caller: Caller, request: RestoreBackup) -> BackupWork:
         """Begin a restore. Raises BackupDestination, BadRequest, Conflict."""
-        wanted = self._wanted(caller, request, self._url(request.url))
+        wanted = self._wanted(caller, request, self.place(request.url))
         running = [w for w in self._all() if w.shown.state == "running"]
         if any(w.shown.kind == "restore" for w in running):
             raise Conflict("This node is restoring already.", hint="Wait until it is done.")
@@ -136,7 +136,7 @@ class Backups:
 
     async def list(self, caller: Caller, url: str | None) -> BackupList:
         """Raises BackupDestination, BackupUnreachable."""
-        url = self._url(url)
+        url = self.place(url)
         found = await asyncio.to_thread(lambda: catalog.listed(open_store(url)))
         return BackupList(
             url=url,
@@ -226,7 +226,8 @@ class Backups:
         text = f"{error.message} {error.hint}".strip()
         shown.state, shown.error = "failed", WorkError(code=error.code, detail=text)
 
-    def _url(self, given: str | None) -> str:
+    def place(self, given: str | None) -> str:
+        """Where backups are, if they may be there. Raises BackupDestination."""
         settings = self._config.backup
         url = given or settings.url
         if url is None:

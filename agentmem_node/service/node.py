@@ -63,6 +63,7 @@ from agentmem_node.service.membership import Membership
 from agentmem_node.service.operations import Operations
 from agentmem_node.service.read import Reads
 from agentmem_node.service.replicas import Replicas
+from agentmem_node.service.rewinding import fetch
 from agentmem_node.service.routing import Routing
 from agentmem_node.service.search import Searches
 from agentmem_node.service.status import Status
@@ -167,6 +168,7 @@ class Node:
             version=Status.VERSION,
         )
         self._backup_parts.start()
+        self._operations.backups_at = self._backup_parts.backups.place
         await self._wait_until_ready()
 
     def _model_loaded(self, loading: asyncio.Task[EmbeddingProvider | None]) -> None:
@@ -250,6 +252,7 @@ class Node:
             copy_bytes_per_s=config.storage.copy_bytes_per_s,
             on_fatal=self._fatal,
         )
+        self._replicas.fetch = fetch
         self._membership = Membership(
             config,
             disk=disk,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -24,10 +24,11 @@ from agentmem_cluster.meta import LEVEL_OF_CHANGES, Outcome, kv_delete, kv_put, 
 from agentmem_cluster.nodestate import NodeState
 from agentmem_cluster.runtime import Clock, Rng
 from agentmem_node.model import operations as ops
-from agentmem_node.model.times import format_ms
+from agentmem_node.model.times import format_ms, parse_time_ms
 from agentmem_node.service.changes import Changes
 from agentmem_node.service.contract import Caller
 from agentmem_node.service.membership import Membership
+from agentmem_node.service.rewinding import rewind_steps
 from agentmem_node.service.stored_operations import StoredOperation, StoredStep
 from agentmem_node.service.survey import NodeReport, Survey
 from agentmem_node.service.view import NODE_STATE, OPERATION, ROOTS, View
@@ -66,6 +67,8 @@ class Operations:
         self._rng = rng
         self._replication = replication
         self._advancing = asyncio.Lock()
+        # Where backups may be read from; the node's configuration says so.
+        self.backups_at: Callable[[str | None], str] = _nowhere
         if link is not None:
             link.register("operations.progress", self._on_progress)
             link.register("operations.control", self._on_control)
@@ -75,7 +78,7 @@ class Operations:
     async def plan(self, wish: ops.OperationWish) -> ops.OperationPlan:
         """What `begin` would do now. Raises InvalidField, NotFound, BadRequest, Conflict."""
         view = self._membership.require_view()
-        steps = self._steps(wish, view)
+        steps = await self._steps_of(wish, view)
         sizes = _sizes(await self._survey.take(view))
         planned = [_planned(step, view, sizes) for step in steps]
         return ops.OperationPlan(
@@ -106,7 +109,7 @@ class Operations:
                     "later; one at a time changes the cluster's shape.",
                     operation=running.id,
                 )
-        steps = self._steps(wish, view)
+        steps = await self._steps_of(wish, view)
         if wish.kind in ("drain", "remove"):
             await self._put_state(str(wish.node), DRAINING)
         elif wish.kind == "undrain":
@@ -217,6 +220,13 @@ class Operations:
         names = {*view.nodes, *view.map.nodes()}
         return {name for name in names if self._membership.is_connected(name)}
 
+    async def _steps_of(self, wish: ops.OperationWish, view: View) -> list[StoredStep]:
+        if wish.kind != "rewind":
+            return self._steps(wish, view)
+        wish.check()
+        until_ms = None if wish.at is None else parse_time_ms(wish.at, "at")
+        return await rewind_steps(view, self.backups_at(wish.url), wish.backup, until_ms)
+
     def _steps(self, wish: ops.OperationWish, view: View) -> list[StoredStep]:
         wish.check()
         nodes = self.node_states(view, self._up(view))
@@ -260,6 +270,10 @@ class Operations:
             warnings.append(f"Not connected: {', '.join(down)}.")
         if view.changes:
             warnings.append(f"Under way already: changes of {', '.join(sorted(view.changes))}.")
+        if wish.kind == "rewind":
+            warnings.append(
+                "What was written since that moment is in no shard any more: make a backup first."
+            )
         if wish.kind == "remove":
             warnings.append(f"Node {wish.node} is forgotten afterwards; stop its process then.")
         return warnings
@@ -421,6 +435,10 @@ class Operations:
         await self._membership.tell_all()
 
 
+def _nowhere(_url: str | None) -> str:
+    raise Unavailable("This node is still starting.")
+
+
 def stored_step(step: placement.Step, fresh: Sequence[str] = ()) -> StoredStep:
     return StoredStep(
         shard=step.shard,
@@ -438,7 +456,8 @@ def _is_reached(step: StoredStep, view: View) -> bool:
         return step.new_shard in view.map.shards
     if info.members != tuple(sorted(step.members)) or info.epoch < step.epoch:
         return False
-    return step.epoch > 0 or not step.fresh
+    # One that keeps the members (a repair, a rewind) is reached by its epoch alone.
+    return step.epoch > 0 or sorted(step.from_members) != sorted(step.members)
 
 
 def _sizes(reports: dict[str, NodeReport]) -> dict[str, int]:
@@ -453,6 +472,8 @@ def _planned(step: StoredStep, view: View, sizes: dict[str, int]) -> ops.Planned
     old = set(view.map.shards[step.shard].members)
     if step.new_shard:
         copies = 2 * len(step.members)
+    elif step.source:
+        copies = len(step.members)
     else:
         copies = len(set(step.members) - (old - set(step.fresh)))
     return ops.PlannedStep(

@@ -19,6 +19,7 @@ class StoredStep(msgspec.Struct, kw_only=True):
     preferred: str
     reason: str
     fresh: list[str] = []
+    source: str = ""
     new_shard: str = ""
     at_slot: int = 0
     state: ops.StepState = "pending"
@@ -45,6 +46,7 @@ class StoredStep(msgspec.Struct, kw_only=True):
             info.members,
             tuple(targets),
             fresh=tuple(sorted(self.fresh)),
+            source=self.source,
             reason=self.reason,
             operation=operation,
         )
@@ -104,4 +106,6 @@ def _shown(step: StoredStep, progress: dict[str, Any]) -> ops.StepProgress:
 def _copies(step: StoredStep) -> int:
     if step.new_shard:
         return 2 * len(step.members)
+    if step.source:
+        return len(step.members)
     return len({*step.members, *step.fresh} - ({*step.from_members} - {*step.fresh}))
