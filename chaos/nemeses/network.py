@@ -90,6 +90,8 @@ class Flapping(_Partition):
     def __init__(self) -> None:
         super().__init__()
         self._task: asyncio.Task[None] | None = None
+        # Asked to end, not cancelled: a cut that is interrupted halfway may stay behind unknown.
+        self._over = asyncio.Event()
 
     async def strike(self, field: Field) -> str:
         node = field.a_node()
@@ -99,17 +101,19 @@ class Flapping(_Partition):
         return f"{node} flaps"
 
     async def _flap(self, field: Field, lost: frozenset[Pair]) -> None:
-        while True:
-            await field.hosts.cut(lost)
-            await asyncio.sleep(field.chance.uniform(*FLAP_S))
-            await field.hosts.cut(frozenset())
-            await asyncio.sleep(field.chance.uniform(*FLAP_S))
+        while not self._over.is_set():
+            for now_lost in (lost, frozenset[Pair]()):
+                await field.hosts.cut(now_lost)
+                try:
+                    async with asyncio.timeout(field.chance.uniform(*FLAP_S)):
+                        await self._over.wait()
+                except TimeoutError:
+                    pass
 
     async def undo(self, field: Field) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            result = (await asyncio.gather(self._task, return_exceptions=True))[0]
+        self._over.set()
+        try:
+            if self._task is not None:
+                await self._task
+        finally:
             await super().undo(field)
-            if isinstance(result, Exception):
-                raise result
-        await super().undo(field)

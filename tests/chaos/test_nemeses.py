@@ -203,6 +203,7 @@ def test_namespaces_lose_what_is_cut_and_leave_nothing_behind() -> None:
             seen = [any(reaches(network, "n1", "n2") for _ in range(10))]
             await network.cut(frozenset({("n1", "n2")}))
             seen += [reaches(network, "n1", "n2"), reaches(network, "n2", "n1")]
+            network._cut = frozenset()  # as if the cut had been interrupted before it was noted
             await network.cut(frozenset())
             seen.append(reaches(network, "n1", "n2"))
         finally:
@@ -233,3 +234,31 @@ def test_every_nemesis_describes_itself() -> None:
         assert len(nemesis.description) > 10
         low, high = nemesis.hold_s
         assert 0 <= low <= high
+
+
+def test_flapping_ends_healed_whenever_it_is_undone() -> None:
+    class Slow(Recorded):
+        """Takes its time to cut, and forgets a cut that is interrupted, as a command does."""
+
+        under_way = 0
+
+        async def cut(self, lost: frozenset[Pair]) -> None:
+            assert self.under_way == 0, "two cuts at once"
+            self.under_way += 1
+            await asyncio.sleep(0.01)
+            self.lost = lost
+            self.under_way -= 1
+
+    async def story(after_s: float) -> Slow:
+        hosts = Slow(3)
+        field = Field(cast("Hosts", hosts), random.Random(1), dict, dict)
+        nemesis = NEMESES["partition-flapping"]()
+        await nemesis.strike(field)
+        await asyncio.sleep(after_s)
+        await asyncio.wait_for(nemesis.undo(field), 5.0)
+        return hosts
+
+    for after_s in (0.0, 0.005, 0.02):
+        hosts = asyncio.run(story(after_s))
+        assert hosts.lost == frozenset()
+        assert hosts.under_way == 0
