@@ -23,6 +23,11 @@ RECOVER_S_MAX = 40.0
 _TRIES = 10_000
 
 
+def has_content(path: Path) -> bool:
+    """Whether anything was written into it: a preallocated file is zeros."""
+    return len(path.read_bytes().rstrip(b"\0")) > 1
+
+
 def flip_bits(path: Path, chance: Random, count: int) -> str:
     """Flip bits of bytes that are not zero: preallocated room is no data. Says what it did."""
     data = bytearray(path.read_bytes())
@@ -77,7 +82,7 @@ class _DamageNode(Nemesis):
             path
             for pattern in self.patterns
             for path in data.glob(pattern)
-            if path.is_file() and path.stat().st_size > 1
+            if path.is_file() and has_content(path)
         )
         if not found:
             return f"{node} has no such file yet: killed and restarted only"

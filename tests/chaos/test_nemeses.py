@@ -17,7 +17,7 @@ from agentmem_chaos.hosts.links import link_names, link_of
 from agentmem_chaos.hosts.loopback import LoopbackHosts
 from agentmem_chaos.hosts.netns import Network, missing_tools
 from agentmem_chaos.nemeses.base import Field, Nemesis
-from agentmem_chaos.nemeses.damage import flip_bits, truncate
+from agentmem_chaos.nemeses.damage import flip_bits, has_content, truncate
 from agentmem_chaos.nemeses.machine import fill
 from agentmem_chaos.nemeses.network import (
     PartitionMajority,
@@ -129,6 +129,7 @@ def test_a_file_is_cut_within_what_was_written(tmp_path: Path) -> None:
 def test_an_empty_file_cannot_be_damaged(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(bytes(100))
+    assert not has_content(path)
     with pytest.raises(ChaosError, match="nothing that could be"):
         flip_bits(path, random.Random(1), 1)
     with pytest.raises(ChaosError, match="nothing that could be"):
