@@ -14,7 +14,7 @@ def test_every_failpoint_has_a_case() -> None:
     write, move = test_write_path_process, test_move_path_process
     tried = {
         *(point for point in POINTS if point.startswith("journal.")),
-        *(*write.SHORT, *write.LONG, *write.RECOVERY, *write.FOUNDING, *write.FOUNDING_LONG),
+        *(*write.SHORT, *write.LONG, *write.RECOVERY, *write.FOUNDING),
         *(point for _, point in (*move.SHORT, *move.LONG)),
         *test_lost_disk_process.POINTS,
     }

@@ -74,11 +74,11 @@ ROLES: dict[str, Role] = {
 
 SHORT = [
     ("conductor", "changes.after_found"),
-    ("joiner", "copying.after_chunk"),
     ("joiner", "replicas.after_record"),
     ("leader", "epoch.after_seal"),
 ]
 LONG = [
+    ("joiner", "copying.after_chunk"),
     *(
         ("conductor", f"changes.{when}_{step}")
         for step in ("begin", "stage", "seal", "found", "finish")
