@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from agentmem_cluster.errors import AgentMemError, InternalError
+from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.runtime import Clock
 from agentmem_node.backup.archive import Archive, Gap, Reached
 from agentmem_node.backup.objects import open_store
@@ -22,6 +23,9 @@ from agentmem_node.service.routing import LocalShard, Routing
 log = logging.getLogger("agentmem.archive")
 
 _SEGMENT_BYTES = 4 << 20
+# What is kept of one epoch that ended before all of it was archived.
+_ENDED_BYTES_MAX = 64 << 20
+_WAIT_ROUNDS = 3
 # A shard that is idle says so this often; a shard that is busy, with each segment.
 _MARK_S = 10.0
 # How often a replica that does not lead looks how far the archive is, in rounds.
@@ -37,6 +41,17 @@ class _Place:
     name: str  # of the last segment that was seen
     is_known: bool = False  # by looking, since this node began to lead
     marked_s: float = float("-inf")
+
+
+@dataclass(slots=True)
+class _Ended:
+    """What an epoch's log held, when it ended here, beyond what was archived."""
+
+    shard: str
+    epoch: int
+    slots: tuple[int, int]
+    entries: list[Entry]
+    rounds: int  # to wait, so that of several members usually one uploads it
 
 
 class Archiver:
@@ -58,7 +73,32 @@ class Archiver:
         self._cluster_id = cluster_id
         self._archive: Archive | None = None
         self._places: dict[str, _Place] = {}
+        self._ended: list[_Ended] = []
         self._rounds = 0
+
+    def leaving(self, local: LocalShard) -> None:
+        """The epoch of a replica ends here, and its log is dropped: keep what is not archived.
+
+        In memory alone. Every member does, so one that goes on is enough.
+        """
+        shard, epoch = local.info.id, local.info.epoch
+        place = self._place(shard, local)
+        entries: list[Entry] = []
+        size = 0
+        try:
+            while size < _ENDED_BYTES_MAX:
+                after = entries[-1].index if entries else place.last
+                found = local.group.read_log(after, _SEGMENT_BYTES)
+                if not found:
+                    break
+                entries += found
+                size += sum(len(entry.command) for entry in found)
+        except (IndexError, KeyError):
+            pass  # the next epoch's leader sees the gap, unless another member had it all
+        if entries:
+            slots = (local.info.slot_start, local.info.slot_end)
+            rounds = 0 if local.group.is_leader else _WAIT_ROUNDS
+            self._ended.append(_Ended(shard, epoch, slots, entries, rounds))
 
     async def run(self) -> None:
         """For ever. A store that does not answer is asked again; nothing is lost meanwhile."""
@@ -78,7 +118,7 @@ class Archiver:
 
     async def _round(self, archive: Archive) -> None:
         self._rounds += 1
-        failed = False
+        failed = not await self._end_epochs(archive)
         for shard, local in list(self._routing.local.items()):
             try:
                 if local.group.is_leader:
@@ -99,6 +139,26 @@ class Archiver:
         if not failed and self.fault is not None:
             log.warning("the log is archived again at %s", self.url)
             self.fault = None
+
+    async def _end_epochs(self, archive: Archive) -> bool:
+        """Write the ends of epochs that nobody has written yet. False when one failed."""
+        for ended in list(self._ended):
+            if ended.rounds > 0:
+                ended.rounds -= 1
+                continue
+            try:
+                found = await asyncio.to_thread(archive.segments, ended.shard, ended.epoch)
+                last = max((segment.last for segment in found), default=0)
+                missing = [entry for entry in ended.entries if entry.index > last]
+                if missing:
+                    await asyncio.to_thread(
+                        archive.append, ended.shard, ended.epoch, missing, ended.slots
+                    )
+            except (AgentMemError, OSError) as error:
+                self._failed(ended.shard, error)
+                return False
+            self._ended.remove(ended)
+        return True
 
     async def _lead(self, archive: Archive, shard: str, local: LocalShard) -> None:
         place = self._place(shard, local)

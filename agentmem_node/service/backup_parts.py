@@ -13,6 +13,7 @@ from agentmem_node.service.backup_work import Backups
 from agentmem_node.service.backups import BackupMaker
 from agentmem_node.service.cuts import Cuts
 from agentmem_node.service.membership import Membership
+from agentmem_node.service.replicas import Replicas
 from agentmem_node.service.restore import Restorer
 from agentmem_node.service.routing import Routing
 from agentmem_node.service.write import Writes
@@ -38,6 +39,7 @@ class BackupParts:
         routing: Routing,
         writes: Writes,
         membership: Membership,
+        replicas: Replicas,
         link: Link | None,
         *,
         clock: Clock,
@@ -61,6 +63,7 @@ class BackupParts:
                 period_s=settings.archive_ms / 1000,
                 cluster_id=lambda: None if membership.view is None else membership.view.cluster_id,
             )
+            replicas.on_leaving = self._archiver.leaving
         maker = BackupMaker(
             config.node.id,
             routing,

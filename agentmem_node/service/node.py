@@ -156,12 +156,14 @@ class Node:
         )
         self._serve_peers()
         assert self._data is not None and self._membership is not None
+        assert self._replicas is not None
         self._backup_parts = BackupParts(
             config,
             self._data.path / "restore",
             self._routing,
             self._writes,
             self._membership,
+            self._replicas,
             self._link,
             clock=self.clock,
             rng=self._rng,

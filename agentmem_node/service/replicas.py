@@ -79,7 +79,7 @@ class Replicas:
             node_id,
             disk,
             record,
-            _Groups(host),
+            _Groups(host, self._leaving),
             self,
             on_served=self._served,
             on_gone=self._gone,
@@ -111,6 +111,8 @@ class Replicas:
         # How a peer's view of the cluster is taken over; set by the membership.
         self.learn_view: Callable[[Any], Any] = lambda wire: None
         self.view_wire: Callable[[], Any] = lambda: None
+        # Who wants to read the log of an epoch that has ended here, before it is dropped.
+        self.on_leaving: Callable[[LocalShard], None] = lambda local: None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -170,6 +172,11 @@ class Replicas:
         self.lost.pop(served.info.id, None)
         self._routing.serve(LocalShard(served.info, group, shard, served.machine))
         self.poke()
+
+    def _leaving(self, shard: str) -> None:
+        local = self._routing.local.get(shard)
+        if local is not None:
+            self.on_leaving(local)
 
     def _gone(self, shard: str) -> None:
         self._routing.local.pop(shard, None)
@@ -549,13 +556,15 @@ async def _no_link(*_: Any, **__: Any) -> Any:
 class _Groups:
     """The host, as `ReplicaSet` sees it."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, leaving: Callable[[str], None]) -> None:
         self._host = host
+        self._leaving = leaving
 
     def add_group(self, spec: Any, machine: Any) -> AsyncGroup:
         return self._host.add_group(spec, machine)
 
     def remove_group(self, group_id: str) -> None:
+        self._leaving(group_id)
         self._host.remove_group(group_id)
 
     def drop_log(self, group_id: str, epoch: int) -> None:

@@ -19,6 +19,7 @@ from agentmem_node.model.backups import BackupWork, CreateBackup
 from agentmem_node.service.backup_parts import BackupParts
 from agentmem_node.service.node import Node
 from tests.epochs.conftest import Cluster, run
+from tests.epochs.test_moving_a_shard import move
 
 SHARD = "s00"
 
@@ -241,3 +242,79 @@ def test_a_directory_that_a_node_does_not_share_is_refused(
         await cluster.stop()
 
     run(scenario)
+
+
+def test_backups_and_the_archive_follow_a_shard_that_moves(tmp_path: Path) -> None:
+    """A backup whose shard leaves in the middle is there whole or not at all; the log goes on in
+    the next epoch, and one backup and the log of three epochs make the present."""
+
+    async def scenario() -> None:
+        url = str(tmp_path / "store")
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3", "n4"], shards=1)
+        cluster.overrides = {"backup.archive": url, "backup.archive_ms": 100}
+        await cluster.start("n1", "n2", "n3")
+        await cluster.admit("n4")
+        await cluster.start("n4")
+        store = open_store(url)
+        first = await back_up(cluster, cluster.any_node(), url)
+        assert first.state == "done", first.error
+        stop = asyncio.Event()
+        written: list[str] = []
+        made: list[BackupWork] = []
+
+        async def write() -> None:
+            while not stop.is_set():
+                number = len(written)
+                written.append(await cluster.add(f"user{number % 5}", f"note {number}"))
+
+        async def keep_backing_up() -> None:
+            while not stop.is_set():
+                before = len(written)
+                work = await back_up(cluster, cluster.any_node(), url)
+                made.append(work)
+                if work.state == "done":
+                    assert work.result is not None
+                    assert before <= work.result["memories"] <= len(written) + 1
+
+        busy = [asyncio.ensure_future(write()), asyncio.ensure_future(keep_backing_up())]
+        for members in (["n4", "n2", "n3"], ["n1", "n4", "n2"]):
+            await cluster.until(cluster.meta_leader, "a leader of the meta group")
+            conductor = cluster.meta_leader()
+            assert conductor is not None
+            change = move(cluster, SHARD, members)
+            assert await conductor.changes.begin(change) == ""
+            await cluster.until(
+                lambda c=change: all(
+                    n._routing.map is not None
+                    and n._routing.map.shards[SHARD].epoch == c.to_epoch
+                    and n._membership is not None
+                    and n._membership.view is not None
+                    and not n._membership.view.changes
+                    for n in cluster.nodes.values()
+                ),
+                f"epoch {change.to_epoch}",
+            )
+        stop.set()
+        await asyncio.gather(*busy)
+        kept = {item.id for item in catalog.listed(store)}
+        assert kept == {first.id} | {work.id for work in made if work.state == "done"}
+        last = await back_up(cluster, cluster.any_node(), url)
+        assert last.state == "done", last.error
+        node = await lead(cluster)
+        now_ms = node.clock.wall_ms()
+        archive = Archive(store, catalog.load(store, first.id).cluster_id)
+        await cluster.until(
+            lambda: not plan(store, until_ms=now_ms).faults and not archive.gaps(SHARD),
+            "the moment",
+        )
+        found = plan(store, backup_id=first.id, until_ms=now_ms)
+        fetched = fetch_shard(
+            store, found.manifest, SHARD, tmp_path / "back", until_ms=now_ms, map_bytes=1 << 28
+        )
+        assert fetched.content == catalog.load(store, last.id).content
+        assert fetched.content.memories == len(written)
+        assert archive.segments(SHARD)[-1].epoch == 3
+        assert verify(store).is_good
+        await cluster.stop()
+
+    run(scenario, 110)
