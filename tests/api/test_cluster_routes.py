@@ -71,7 +71,7 @@ def test_an_operation_that_is_sent_twice_under_one_key_begins_once(run: Run) -> 
         (
             {"kind": "explode"},
             "kind",
-            "Allowed: move, drain, undrain, remove, rebalance, split, heal",
+            "Allowed: move, drain, undrain, remove, rebalance, split, rewind, heal",
         ),
         ({"kind": "heal"}, "kind", "heals by itself"),
         ({"kind": "move", "shard": "s01"}, "node", "a move needs `shard` and `node`"),
