@@ -113,12 +113,24 @@ CASES = [*SHORT, *LONG] if IS_LONG else SHORT
 
 
 def begin(cluster: FaultyCluster, move: Move, armed: list[str]) -> str:
-    """Begin it through a node that is to live, if there is one. Returns the operation's id."""
+    """Begin it through a node that is to live, if there is one. Returns the operation's id.
+
+    The meta group's leader may end before it answers: then it was begun, or is begun again.
+    """
     through = [*(n for n in cluster.names if n not in armed), *armed][0]
-    answer = cluster.command(through, "begin", wish=move.wish)
-    assert "id" in answer, answer
-    operation: str = answer["id"]
-    return operation
+    said: list[Any] = []
+
+    def begun() -> str | None:
+        for view in cluster.views().values():
+            for operation, state in view["operations"].items():
+                if operation not in before and state != "stopped":
+                    return str(operation)
+        said[:] = [cluster.command(through, "begin", wish=move.wish)]
+        found: str | None = said[0].get("id")
+        return found
+
+    before = {one for view in cluster.views().values() for one in view["operations"]}
+    return until(begun, OPERATION_S, lambda: f"the move is begun: {said}")
 
 
 def over(cluster: FaultyCluster, operation: str) -> str:
