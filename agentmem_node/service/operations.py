@@ -17,7 +17,7 @@ import msgspec
 from agentmem_cluster import placement
 from agentmem_cluster.epochs.change import Change, Phase
 from agentmem_cluster.epochs.reports import Staging
-from agentmem_cluster.errors import AgentMemError, Conflict, Unavailable
+from agentmem_cluster.errors import AgentMemError, Conflict, NotLeader, Unavailable
 from agentmem_cluster.invariants import check_cluster
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import LEVEL_OF_CHANGES, Outcome, kv_delete, kv_put, remove_node
@@ -70,7 +70,7 @@ class Operations:
         # Where backups may be read from; the node's configuration says so.
         self.backups_at: Callable[[str | None], str] = _nowhere
         if link is not None:
-            link.register("operations.progress", self._on_progress)
+            link.register("operations.list", self._on_list)
             link.register("operations.control", self._on_control)
 
     # -- what operators ask --------------------------------------------------------------------
@@ -141,26 +141,44 @@ class Operations:
         return stored.shown({})
 
     async def listed(self) -> list[ops.Operation]:
-        """Newest first, with the progress that the meta group's leader knows of."""
+        """Newest first, as the meta group's leader sees them: what was begun a moment ago is there,
+        with its progress. What this node knows, when no leader can be reached."""
+        if not self._membership.leads and self._link is not None:
+            try:
+                wire = await self._membership.ask_leader("operations.list", {}, _CALL_S)
+                return msgspec.json.decode(wire, type=list[ops.Operation])
+            except AgentMemError as error:
+                log.debug("no operations from the leader of the meta group: %s", error)
+        return self._listed_here()
+
+    def _listed_here(self) -> list[ops.Operation]:
         view = self._membership.require_view()
-        progress = await self._progress()
+        progress = self._progress_here()
         found = sorted(self.stored(view), key=lambda one: one.created_at, reverse=True)
         return [one.shown(progress.get(one.id, {})) for one in found]
+
+    async def _on_list(self, _peer: str, _body: dict[str, Any]) -> bytes:
+        self._must_lead()
+        return msgspec.json.encode(self._listed_here())
 
     async def control(self, operation_id: str, action: str) -> ops.Operation:
         """Stop: no further step begins, the one under way ends. Resume: go on.
 
         Done where the steps are begun, so that the two cannot overwrite each other.
         """
-        leader = self._membership.meta_leader
-        if leader in (None, self._node_id) or self._link is None:
+        if self._membership.leads or self._link is None:
             return await self._control_here(operation_id, action)
         body = {"operation": operation_id, "action": action}
-        wire = await self._link.call(str(leader), "operations.control", body, timeout=_CALL_S)
+        wire = await self._membership.ask_leader("operations.control", body, _CALL_S)
         return msgspec.json.decode(wire, type=ops.Operation)
 
     async def _on_control(self, _peer: str, body: dict[str, Any]) -> bytes:
+        self._must_lead()
         return msgspec.json.encode(await self._control_here(body["operation"], body["action"]))
+
+    def _must_lead(self) -> None:
+        if not self._membership.leads:
+            raise NotLeader("This node does not lead the meta group.")
 
     async def _control_here(self, operation_id: str, action: str) -> ops.Operation:
         async with self._advancing:
@@ -364,22 +382,6 @@ class Operations:
             await self._propose(kv_delete(OPERATION + stored.id), may_be_gone=True)
 
     # -- progress ------------------------------------------------------------------------------
-
-    async def _progress(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """operation -> shard -> what the conductor knows."""
-        leader = self._membership.meta_leader
-        if leader == self._node_id or self._link is None or leader is None:
-            return self._progress_here()
-        try:
-            found: dict[str, dict[str, dict[str, Any]]] = await self._link.call(
-                leader, "operations.progress", {}, timeout=_CALL_S
-            )
-            return found
-        except AgentMemError:
-            return {}
-
-    async def _on_progress(self, _peer: str, _body: dict[str, Any]) -> dict[str, Any]:
-        return self._progress_here()
 
     def _progress_here(self) -> dict[str, dict[str, dict[str, Any]]]:
         view = self._membership.view
