@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agentmem_cluster.errors import AgentMemError, MapMoved
+from agentmem_cluster.meta import LEVEL_OF_RESTORES
 from agentmem_cluster.runtime import Clock
 from agentmem_cluster.shardmap import ShardInfo
 from agentmem_node.backup.content import ContentDigest, Row
@@ -185,7 +186,14 @@ class Restorer:
                 f"That moment cannot be restored: {'; '.join(found.faults[:3])}.",
                 hint="Choose a moment that the backups and the archived log cover.",
             )
-        theirs, ours = found.manifest.model, self._view().model
+        view = self._view()
+        old = [n for n, info in view.nodes.items() if info.level < LEVEL_OF_RESTORES]
+        if old:
+            raise RestoreImpossible(
+                f"Nodes of an older version cannot follow a restore: {', '.join(sorted(old))}.",
+                hint="Upgrade them first.",
+            )
+        theirs, ours = found.manifest.model, view.model
         if (theirs.name, theirs.dim, theirs.model_hash) != (ours.name, ours.dim, ours.model_hash):
             raise RestoreImpossible(
                 f"Backup {found.manifest.id} has vectors of {theirs.name} ({theirs.dim} values), "

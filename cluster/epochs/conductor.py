@@ -40,6 +40,9 @@ class Timing:
     # A copy that could not be made at all by then is given up.
     copy_s_max: float = 6 * 3_600.0
     retry_s: float = 1.0
+    # How often a copy that comes out of a backup may be seen to have failed: what is damaged or
+    # missing there stays so.
+    fetches_max: int = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ class Conductor:
         self._asked_s: dict[Instruction, float] = {}
         self._sealed_s: float | None = None
         self._checkpoint_at: dict[str, int] | None = None
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, int] = {}  # looks at a copy that failed, by node
 
     def step(
         self, change: Change, reports: Mapping[str, Report], now_s: float
@@ -198,7 +201,9 @@ class Conductor:
         if staged is not None and staged.state is not Staging.FAILED:
             return []
         if staged is not None:
-            self._failed[report.node] = staged.error
+            self._failed[report.node] = self._failed.get(report.node, 0) + 1
+            if self.change.source and self._failed[report.node] > self._timing.fetches_max:
+                return [GiveUp(f"{report.node}: {staged.error}")]
         if self.change.keeps_its_state(report.node, target.id) and report.old is not None:
             return []
         source = self._source_for(report.node, reports)

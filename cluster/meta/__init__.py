@@ -19,6 +19,7 @@ from agentmem_cluster.meta.machine import MetaStateMachine
 from agentmem_cluster.meta.state import (
     LEVEL,
     LEVEL_OF_CHANGES,
+    LEVEL_OF_RESTORES,
     ClusterSettings,
     MetaState,
     NodeInfo,
@@ -27,6 +28,7 @@ from agentmem_cluster.meta.state import (
 __all__ = [
     "LEVEL",
     "LEVEL_OF_CHANGES",
+    "LEVEL_OF_RESTORES",
     "ClusterSettings",
     "MetaCheckpoint",
     "MetaCorrupt",

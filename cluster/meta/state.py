@@ -13,6 +13,7 @@ from agentmem_cluster.shardmap import ShardMap
 # The highest level of commands and formats that this program knows, and what needs which.
 LEVEL: Final = 2
 LEVEL_OF_CHANGES: Final = 2
+LEVEL_OF_RESTORES: Final = 2  # a log that revives memories
 
 
 @dataclass(frozen=True, slots=True)

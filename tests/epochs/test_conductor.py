@@ -12,6 +12,7 @@ from agentmem_cluster.epochs.conductor import (
     Conductor,
     Finish,
     Found,
+    GiveUp,
     Redirect,
     SealOld,
     Stage,
@@ -141,6 +142,17 @@ def test_a_lost_replica_is_copied_though_its_node_was_a_member() -> None:
     conductor = Conductor(change, 0.0)
     members = [old("n1", leads=True), old("n2"), Report("n3")]
     assert step(conductor, members, 0.0, change) == [Stage("n3", "s00", "n2")]
+
+
+def test_what_a_backup_cannot_give_is_given_up_before_anything_is_sealed() -> None:
+    same = replace(TARGET, members=OLD, preferred_leader="n1")
+    change = replace(MOVE, targets=(same,), source="a backup")
+    conductor = Conductor(change, 0.0)
+    failed = {"s00": StagedReplica(Staging.FAILED, error="a chunk is damaged")}
+    members = [Report(n, OldReplica(9, 9, is_leader=n == "n1"), failed) for n in OLD]
+    told = [step(conductor, members, number / 10, change) for number in range(40)]
+    assert not any(isinstance(one, SealOld) for steps in told for one in steps)
+    assert GiveUp("n1: a chunk is damaged") in told[-1]
 
 
 def test_a_report_crosses_the_link_unchanged() -> None:
