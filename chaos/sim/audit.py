@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
-from agentmem_chaos.sim.machine import ReplicaStore
 from agentmem_cluster.journal.group import GroupLog
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft.api import GroupSpec
@@ -37,31 +36,35 @@ class Machine(Protocol):
     name: str
     disk: SimDisk
     journal: Journal | None
-    stores: dict[str, ReplicaStore]
+    groups: dict[str, GroupSpec]  # which it takes part in now
+
+    def durable_index(self, group: str) -> int: ...
+
+    def may_have_lost(self, spec: GroupSpec) -> bool: ...
 
 
 class Auditor:
     def __init__(
         self,
         machines: Mapping[str, Machine],
-        groups: tuple[GroupSpec, ...],
         recover: Callable[[SimDisk], Journal],
         judge: Judge,
         chance: random.Random,
         now_s: Callable[[], float],
     ) -> None:
         self._machines = machines
-        self._groups = {spec.id: spec for spec in groups}
         self._recover = recover
         self._judge = judge
         self._chance = chance
         self._now_s = now_s
         self._next_s = 0.0
         self._votes = 0
-        self._committed_of: dict[str, tuple[int, int]] = {}  # in which term, how many audited
-        self._said: dict[tuple[str, str], tuple[int, int]] = {}  # in which term, up to where
+        self._committed_of: dict[
+            tuple[str, int], tuple[int, int]
+        ] = {}  # in which term, how many audited
+        self._said: dict[tuple[str, str, int], tuple[int, int]] = {}  # in which term, up to where
         self._recovered: dict[str, tuple[int, Journal]] = {}  # of which version of the disk
-        self._closely: dict[tuple[str, str], int] = {}
+        self._closely: dict[tuple[str, str, int], int] = {}
         self.audits = 0
 
     def committed(self, group: GroupSpec, index: int, term: int) -> None:
@@ -70,18 +73,19 @@ class Auditor:
         pysyncobj lets a leader count itself for what it has not synced: then this is where an
         entry that one disk holds is applied by a follower, long before anything is lost.
         """
-        known_term, audited = self._committed_of.get(group.id, (0, 0))
+        where = (group.id, group.epoch)
+        known_term, audited = self._committed_of.get(where, (0, 0))
         if term > known_term:
             audited = 0
         if audited < COMMITTED_OF_TERM and term >= known_term:
-            self._committed_of[group.id] = (term, audited + 1)
+            self._committed_of[where] = (term, audited + 1)
         elif self._now_s() < self._next_s:
             return
         self._next_s = self._now_s() + self._chance.expovariate(1 / COMMITTED_EVERY_S)
         holders = []
         for name in group.members:
             machine = self._machines[name]
-            if machine.stores[group.id].durable_index >= index:
+            if machine.durable_index(group.id) >= index or machine.may_have_lost(group):
                 holders.append(name)
                 continue
             log = self._log(machine, group)
@@ -99,17 +103,19 @@ class Auditor:
     def speaks(self, machine: Machine, peer: str, frames: list[Any]) -> None:
         """Frames are leaving: votes and acknowledged entries in them must be on the platter."""
         for frame in frames:
-            kind, group, term = frame[0], self._groups[frame[1]], frame[4]
+            kind, group, term = frame[0], machine.groups.get(frame[1]), frame[4]
+            if group is None or group.epoch != frame[2]:
+                continue  # it has left that epoch while this waited, and perhaps forgotten its log
             if kind in (Kind.VOTE, Kind.ASK_VOTE):
                 self._votes += 1
                 if self._votes <= VOTES_ALL or self._chance.random() < VOTES_SAMPLE:
                     candidate = peer if kind == Kind.VOTE else machine.name
                     self._voted(machine, group, term, candidate)
-            elif kind == Kind.APPENDED and self._is_sampled(machine.name, group.id, term, frame[6]):
+            elif kind == Kind.APPENDED and self._is_sampled(machine.name, group, term, frame[6]):
                 self._has_entries(machine, group, term, frame[6])
 
-    def _is_sampled(self, name: str, group: str, term: int, index: int) -> bool:
-        where = (name, group)
+    def _is_sampled(self, name: str, group: GroupSpec, term: int, index: int) -> bool:
+        where = (name, group.id, group.epoch)
         said_term, said_index = self._said.get(where, (0, 0))
         self._said[where] = (term, index)
         says_more = index > said_index
@@ -156,7 +162,7 @@ class Auditor:
         self.audits += 1
         version, recovered = self._recovered.get(machine.name, (-1, None))
         if recovered is not None and version == machine.disk.durable_version:
-            return recovered.group(group.id, group.epoch)  # nothing was synced since
+            return _log_of(recovered, group)  # nothing was synced since
         try:
             journal = self._recover(machine.disk.platter())
         except Exception as error:
@@ -166,4 +172,8 @@ class Auditor:
             )
             return None
         self._recovered[machine.name] = (machine.disk.durable_version, journal)
-        return journal.group(group.id, group.epoch)
+        return _log_of(journal, group)
+
+
+def _log_of(journal: Journal, group: GroupSpec) -> GroupLog:
+    return journal.group(group.id, group.epoch, group.base_index, group.base_term)

@@ -19,7 +19,7 @@ from agentmem_chaos.sim.plan import Engine, WorldPlan
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
 from agentmem_chaos.sim.workload import Asked, Memories, Registers
-from agentmem_cluster.errors import AgentMemError, NotLeader
+from agentmem_cluster.errors import AgentMemError, NotLeader, WrongShard
 from agentmem_cluster.raft.api import Applied, GroupSpec
 
 P = ParamSpec("P")
@@ -104,6 +104,10 @@ class Server(Protocol):
 
     name: str
 
+    def members_of(self, group: str) -> tuple[str, ...]:
+        """Who has the group, as far as this node knows; empty when it knows nothing."""
+        ...
+
     def propose(
         self, group: str, command: Command, answer: Callable[[Applied | AgentMemError, bool], None]
     ) -> None:
@@ -156,7 +160,7 @@ class SimClient:
         self._sequence = 0
         self._open = 0
         self._workload: dict[str, Registers | Memories] = {
-            group.id: self._workload_of(group) for group in plan.groups
+            group.id: self._workload_of(group) for group in plan.asked
         }
         self.stopped = False
 
@@ -181,8 +185,8 @@ class SimClient:
 
     def _draw_group(self) -> GroupSpec:
         if self._plan.quiet_groups and self._chance.random() > QUIET_SHARE:
-            return self._plan.groups[0]
-        return self._chance.choice(self._plan.groups)
+            return self._plan.asked[0]
+        return self._chance.choice(self._plan.asked)
 
     def probe(self, group: GroupSpec) -> Call:
         """A write, now."""
@@ -237,23 +241,40 @@ class PlainCaller:
     """
 
     def __init__(
-        self, servers: Mapping[str, Server], schedule: Schedule, chance: random.Random
+        self,
+        servers: Mapping[str, Server],
+        schedule: Schedule,
+        chance: random.Random,
+        *,
+        moves: bool = False,
     ) -> None:
+        """`moves`: groups change their members, so that one must ask again who they are."""
+        self._moves = moves
         self._servers = servers
         self._schedule = schedule
         self._chance = chance
         self._leader: dict[str, str] = {}
+        self._members: dict[str, tuple[str, ...]] = {}
 
     def begin(self, call: Call, group: GroupSpec, ended: Callable[[Fate], None]) -> None:
         self._attempt(call, group, ended, self._choose(call, group, None))
 
     def _choose(self, call: Call, group: GroupSpec, hint: str | None) -> str:
-        if hint in group.members:
+        members = self._members.get(group.id, group.members)
+        if hint in members:
             return str(hint)
         believed = self._leader.get(group.id)
         if call.kind is not Kind.READ and believed is not None and self._chance.random() < 0.9:
             return believed
-        return self._chance.choice(group.members)
+        return self._chance.choice(members)
+
+    def _learn(self, group: GroupSpec, node: str, outcome: AgentMemError) -> None:
+        """Whoever refuses for being the wrong one is asked who has it; of the dead, any other."""
+        if not isinstance(outcome, WrongShard):
+            node = self._chance.choice(sorted(self._servers))
+        members = self._servers[node].members_of(group.id)
+        if members:
+            self._members[group.id] = members
 
     def _attempt(
         self, call: Call, group: GroupSpec, ended: Callable[[Fate], None], node: str
@@ -282,6 +303,8 @@ class PlainCaller:
                 return
             if isinstance(outcome, AgentMemError):
                 hint = outcome.leader if isinstance(outcome, NotLeader) else None
+                if self._moves and not isinstance(outcome, NotLeader):
+                    self._learn(group, node, outcome)
                 again(hint, certain=certain)
                 return
             effect: Effect = outcome.result
@@ -293,6 +316,8 @@ class PlainCaller:
             if call.fate is not Fate.PENDING:
                 return
             if isinstance(outcome, AgentMemError):
+                if self._moves:
+                    self._learn(group, node, outcome)
                 again(None, certain=True)
                 return
             call.ok, call.result, call.index = True, outcome.value, outcome.applied_index

@@ -26,9 +26,10 @@ class Invariants:
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
-        self._terms: dict[tuple[str, int], tuple[int, str]] = {}  # of committed entries
-        self._latest: dict[str, _Committed] = {}
-        self._before: dict[tuple[str, str, int], GroupStatus] = {}
+        # By group and epoch: an epoch's log has entries after its seal, the next one's others.
+        self._terms: dict[tuple[str, int, int], tuple[int, str]] = {}  # of committed entries
+        self._latest: dict[tuple[str, int], _Committed] = {}
+        self._before: dict[tuple[str, str, int, int], GroupStatus] = {}
         self.checks = 0
 
     def turned(
@@ -36,7 +37,7 @@ class Invariants:
     ) -> None:
         """`durable_index`: what the state machine's files would keep through a power loss."""
         self.checks += 1
-        where = (node, status.id, boot)
+        where = (node, status.id, status.epoch, boot)
         before = self._before.get(where)
         self._before[where] = status
         what = _fault(status, before, durable_index)
@@ -50,19 +51,19 @@ class Invariants:
         if not log.first_index - 1 <= index <= log.last_index or index == 0:
             return
         term = log.term_at(index)
-        known, first = self._terms.setdefault((status.id, index), (term, node))
+        known, first = self._terms.setdefault((status.id, status.epoch, index), (term, node))
         if known != term:
             self._judge.accuse(
                 "state machine safety",
                 f"{first} has committed {status.id}/{index} of term {known}, {node} of term {term}",
             )
-        latest = self._latest.get(status.id)
+        latest = self._latest.get((status.id, status.epoch))
         if latest is None or index > latest.at:
-            self._latest[status.id] = _Committed(index, term, status.term, node)
+            self._latest[status.id, status.epoch] = _Committed(index, term, status.term, node)
 
     def elected(self, node: str, status: GroupStatus, log: GroupLog) -> None:
         """A leader has all that was committed before its term."""
-        latest = self._latest.get(status.id)
+        latest = self._latest.get((status.id, status.epoch))
         if latest is None or latest.by_term >= status.term or latest.at < log.first_index - 1:
             return
         if latest.at > log.last_index or log.term_at(latest.at) != latest.term:

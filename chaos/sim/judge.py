@@ -26,6 +26,7 @@ from agentmem_chaos.sim.clients import Call, Fate
 from agentmem_chaos.sim.machine import Command, Effect, Outcome
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
+from agentmem_cluster.epochs.commands import decode, is_control
 from agentmem_cluster.raft.api import Applied, Entry
 
 FOUND_MAX = 20
@@ -58,9 +59,9 @@ class Judge:
         self.acknowledged = 0
         self.checker_steps = 0
         self._applied: dict[tuple[str, int], _AppliedEntry] = {}
-        self._next_index: dict[tuple[str, str], int] = {}
+        self._next_index: dict[tuple[str, str], int] = {}  # of a node's replica
         self._effect_at: dict[tuple[str, str], int] = {}
-        self._leader_of: dict[tuple[str, int], str] = {}
+        self._leader_of: dict[tuple[str, int, int], str] = {}
         self.elections = 0
 
     def accuse(self, rule: str, what: str) -> None:
@@ -72,17 +73,27 @@ class Judge:
 
     # -- while the world runs --
 
-    def booted(self, node: str, group: str, applied_index: int) -> None:
-        self._next_index[node, group] = applied_index + 1
+    def booted(self, node: str, replica: str, applied_index: int) -> None:
+        self._next_index[node, replica] = applied_index + 1
 
     def applied(
-        self, node: str, group: str, entry: Entry, effect: Effect, digest: bytes | None
+        self,
+        node: str,
+        replica: str,
+        group: str,
+        entry: Entry,
+        effect: Effect,
+        digest: bytes | None,
     ) -> bool:
-        """A replica applied an entry. True when it is the first to apply this one."""
-        expected = self._next_index[node, group]
+        """A replica applied an entry. True when it is the first to apply this one.
+
+        Indexes go on from one epoch to the next, so an entry of the new one stands where none of
+        the old one took effect: what followed the seal there was not applied.
+        """
+        expected = self._next_index[node, replica]
         if entry.index != expected:
             self.accuse("gapless apply", f"{node} applied {group}/{entry.index}, not {expected}")
-        self._next_index[node, group] = entry.index + 1
+        self._next_index[node, replica] = entry.index + 1
         here = _AppliedEntry(entry.term, entry.command, digest, node)
         first = self._applied.setdefault((group, entry.index), here)
         if first is not here:
@@ -109,11 +120,16 @@ class Judge:
                 )
         return first is here
 
-    def leads(self, node: str, group: str, term: int) -> None:
-        other = self._leader_of.get((group, term))
+    def state_at(self, group: str, index: int) -> bytes | None:
+        """The digest after an entry, and what else was compared there, if any replica has been."""
+        there = self._applied.get((group, index))
+        return None if there is None else there.digest
+
+    def leads(self, node: str, group: str, epoch: int, term: int) -> None:
+        other = self._leader_of.get((group, epoch, term))
         if other is None:
             self.elections += 1
-            other = self._leader_of[group, term] = node
+            other = self._leader_of[group, epoch, term] = node
         if other != node:
             self.accuse("election safety", f"{other} and {node} lead {group} in term {term}")
 
@@ -175,6 +191,8 @@ class Judge:
 def describe(command: bytes) -> str:
     if not command:
         return "an empty entry"
+    if is_control(command):
+        return str(decode(command))
     if not isinstance(msgpack.unpackb(command)[0], str):
         return shard_machine.describe(command)
     c = Command.decode(command)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgpack
 
+from agentmem_cluster.epochs.commands import EpochState, Sealed, decode
 from agentmem_cluster.errors import DiskFull
 from agentmem_cluster.raft.api import Entry
 
@@ -62,7 +63,10 @@ class Replica(Protocol):
     @property
     def durable_index(self) -> int: ...
 
-    def apply(self, entries: Sequence[Entry]) -> list[Effect]: ...
+    @property
+    def epoch_state(self) -> EpochState: ...
+
+    def apply(self, entries: Sequence[Entry]) -> list[Any]: ...
 
     def checkpoint(self) -> Any: ...
 
@@ -103,6 +107,10 @@ class ReplicaStore(Protocol):
         """The world ends: let go of what the operating system lent."""
         ...
 
+    def remove(self) -> None:
+        """The replica is of no more use: its files go."""
+        ...
+
 
 @dataclass(slots=True)
 class MachineState:
@@ -110,10 +118,28 @@ class MachineState:
     digest: bytes = bytes(16)
     registers: dict[str, tuple[int, int]] = field(default_factory=dict)  # value, index of change
     ledger: dict[str, tuple[bool, int | None]] = field(default_factory=dict)
+    epoch: EpochState = field(default_factory=EpochState)
 
     def copy(self) -> MachineState:
         return MachineState(
-            self.applied_index, self.digest, dict(self.registers), dict(self.ledger)
+            self.applied_index, self.digest, dict(self.registers), dict(self.ledger), self.epoch
+        )
+
+    def pack(self) -> bytes:
+        """As it travels to another node."""
+        rows = [self.applied_index, self.digest, self.registers, self.ledger, self.epoch]
+        packed: bytes = msgpack.packb(rows)
+        return packed
+
+    @classmethod
+    def unpack(cls, data: bytes) -> MachineState:
+        index, digest, registers, ledger, epoch = msgpack.unpackb(data)
+        return cls(
+            index,
+            digest,
+            {key: tuple(value) for key, value in registers.items()},
+            {key: tuple(value) for key, value in ledger.items()},
+            EpochState(*epoch),
         )
 
 
@@ -138,6 +164,9 @@ class MachineStore:
 
     def close(self) -> None:
         pass
+
+    def remove(self) -> None:
+        self.cached, self.durable = MachineState(), MachineState()
 
 
 class CheckpointJob:
@@ -169,22 +198,34 @@ class RegisterMachine:
     def durable_index(self) -> int:
         return self._durable_index
 
-    def apply(self, entries: Sequence[Entry]) -> list[Effect]:
+    @property
+    def epoch_state(self) -> EpochState:
+        return self._store.cached.epoch
+
+    def apply(self, entries: Sequence[Entry]) -> list[Any]:
         if self._store.is_full():
             # As a shard does: nothing was applied, and the same entries may be tried again.
             raise DiskFull("the state machine has no room")
         state = self._store.cached
-        results = []
+        results: list[Any] = []
         for entry in entries:
-            effect = self._apply_one(state, entry)
+            control = decode(entry.command)
+            is_outside = control is None and state.epoch.is_sealed and bool(entry.command)
+            if control is not None or is_outside:
+                effect = Effect(not is_outside, None, False)
+            else:
+                effect = self._apply_one(state, entry)
+            if control is not None:
+                state.epoch = state.epoch.after(control)
             state.applied_index = entry.index
             state.digest = hashlib.blake2b(
                 b"%d %d %r" % (entry.index, len(entry.command), effect[:3]) + entry.command,
                 key=state.digest,
                 digest_size=16,
             ).digest()
-            self._observe(entry, effect, state.digest)
-            results.append(effect)
+            compared = state.digest if control is None else state.digest + self.contents()
+            self._observe(entry, effect, compared)
+            results.append(Sealed(state.epoch.epoch) if is_outside else effect)
         return results
 
     def _apply_one(self, state: MachineState, entry: Entry) -> Effect:
@@ -216,7 +257,7 @@ class RegisterMachine:
 
     def contents(self) -> bytes:
         state = self._store.cached
-        rows = repr((sorted(state.registers.items()), sorted(state.ledger.items())))
+        rows = repr((sorted(state.registers.items()), sorted(state.ledger.items()), state.epoch))
         return hashlib.blake2b(rows.encode(), digest_size=16).digest()
 
     def checkpoint(self) -> CheckpointJob | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from agentmem_chaos.sim.moves import Moves
 from agentmem_chaos.sim.net import Pair, SimNet
 from agentmem_chaos.sim.node import SimNode
 from agentmem_chaos.sim.plan import Fault, WorldPlan
@@ -33,7 +34,7 @@ class Nemesis:
     def __init__(
         self,
         plan: WorldPlan,
-        nodes: dict[str, SimNode],
+        nodes: Mapping[str, SimNode],
         net: SimNet,
         schedule: Schedule,
         story: Story,
@@ -45,6 +46,7 @@ class Nemesis:
         self._story = story
         self._active = True
         self.faults = 0
+        self._moves = Moves(self._nodes)
         self._acts: dict[Fault, Callable[[random.Random, float], str | None]] = {
             Fault.KILL: self._kill,
             Fault.KILL_MANY: self._kill_many,
@@ -61,6 +63,9 @@ class Nemesis:
             Fault.WALL_JUMP: self._wall_jump,
             Fault.TRANSFER: self._transfer,
             Fault.CUT_LEADER: self._cut_leader,
+            Fault.MOVE: self._moves.move,
+            Fault.RESEED: self._moves.reseed,
+            Fault.LOSE_DISK: self._moves.lose_disk,
         }
 
     def start(self) -> None:

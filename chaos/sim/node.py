@@ -25,6 +25,7 @@ from agentmem_chaos.sim.plan import Engine, WorldPlan
 from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
 from agentmem_chaos.sim.shard_store import ShardStore
 from agentmem_chaos.sim.story import Story
+from agentmem_cluster.errors import AgentMemError, WrongShard
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft.api import Entry, GroupSpec, Role
 from agentmem_cluster.raft.core import CheckpointJob, NodeCore, Ready
@@ -80,7 +81,7 @@ class SimNode:
         self._turn_planned = False
         self._timer_s = math.inf
         self._flushing = False
-        self._shown: dict[str, tuple[bool, str | None]] = {}
+        self._shown: dict[str, tuple[bool, str | None, int]] = {}
 
     # -- life and death --
 
@@ -102,8 +103,7 @@ class SimNode:
                 settings(self.plan),
                 session_of_boot=self._chance.randbytes(BOOT_BYTES),
             )
-            for spec in self.groups.values():
-                self._found(core, spec)
+            self._open_groups(core, journal)
         except OSError as error:
             self.tell(f"cannot start: {error}")
             self.boot_later()
@@ -113,10 +113,27 @@ class SimNode:
             self._judge.accuse("recovery", f"{self.name} cannot start: {error}\n{trace}")
             return
         self.core, self.journal = core, journal
+        self._started()
         applied = {group: machine.applied_index for group, machine in self.machines.items()}
         self.tell(f"started (boot {self.boot_number}), applied {applied}")
         self._net.join(self.name)
         self.plan_turn()
+
+    def _open_groups(self, core: NodeCore, journal: Journal) -> None:
+        """Raises OSError: then it starts again later."""
+        for spec in self.groups.values():
+            self._found(core, spec)
+
+    def _started(self) -> None:
+        """The process runs, and may speak."""
+
+    def durable_index(self, group: str) -> int:
+        """The last entry of a group that the files here would keep through a power loss."""
+        return self.stores[group].durable_index
+
+    def may_have_lost(self, spec: GroupSpec) -> bool:
+        """Whether the disk was lost with what it had of this epoch."""
+        return False
 
     def _make_store(self, spec: GroupSpec) -> ReplicaStore:
         if self.plan.engine_of(spec.id) is Engine.REGISTERS:
@@ -133,7 +150,7 @@ class SimNode:
 
     def _found(self, core: NodeCore, spec: GroupSpec) -> None:
         def observe(entry: Entry, effect: Effect, digest: bytes | None) -> None:
-            if self._judge.applied(self.name, spec.id, entry, effect, digest):
+            if self._judge.applied(self.name, spec.id, spec.id, entry, effect, digest):
                 self._auditor().committed(spec, entry.index, entry.term)
 
         store = self.stores[spec.id]
@@ -198,6 +215,26 @@ class SimNode:
         """The world ends."""
         for store in self.stores.values():
             store.close()
+
+    def map_of_shards(self) -> tuple[int, tuple[GroupSpec, ...]]:
+        """Its version, and who has which group, as far as is known here."""
+        return 1, self.plan.groups
+
+    def members_of(self, group: str) -> tuple[str, ...]:
+        return next((s.members for s in self.map_of_shards()[1] if s.id == group), ())
+
+    def acknowledged(self, spec: GroupSpec, index: int) -> None:
+        """A command that was proposed here took effect."""
+
+    def refusal(self, group: str) -> AgentMemError | None:
+        """Why no command may be proposed here now, if that is so."""
+        if group in self.groups:
+            return None
+        return WrongShard(f"{group} is not on {self.name}", hint="Refresh the shard map.")
+
+    def applied_index(self, group: str) -> int:
+        """Which entries a read here sees; those that came after a seal have changed nothing."""
+        return self.machines[group].applied_index
 
     def encode(self, group: str, command: Command) -> bytes:
         """The command as this node decides it, now."""
@@ -356,17 +393,17 @@ class SimNode:
         """After every turn: the cheap invariants, and who leads."""
         if self.core is None or self.journal is None:
             return
-        for group, spec in self.groups.items():
+        for group, spec in list(self.groups.items()):
             status = self.core.status(group)
             log = self.journal.group(group, spec.epoch)
-            durable_index = self.stores[group].durable_index
+            durable_index = self.durable_index(group)
             self._invariants.turned(self.name, self.boot_number, status, log, durable_index)
-            shown = (status.role is Role.LEADER, status.leader)
+            shown = (status.role is Role.LEADER, status.leader, spec.epoch)
             if self._shown.get(group) == shown:
                 continue
             self._shown[group] = shown
             if shown[0]:
-                self._judge.leads(self.name, group, status.term)
+                self._judge.leads(self.name, group, spec.epoch, status.term)
                 self._invariants.elected(self.name, status, log)
                 self.tell(f"is leader of {group} in term {status.term}")
             else:

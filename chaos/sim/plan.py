@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from agentmem_chaos.sim.net import NetPlan
 from agentmem_chaos.sim.schedule import stream
 from agentmem_cluster.raft.api import GROUP_META, GroupSpec
+from agentmem_cluster.shardmap import ShardMap
 
 SECONDS_DEFAULT = 60.0
 SHARD_SHARE = 0.35  # of the worlds have shards of the real engine
+MOVES_SHARE = 0.35  # of the worlds have shards that move: ring 3, the epoch machinery
 CORE_CLIENTS_SHARE = 0.4  # of the worlds are called through the client library's core
 # The second phase: everything is healed and the cluster must converge. A minute's world gives a
 # third of it, a short one still leaves time for elections, reconnection and catching up; and no
@@ -25,6 +27,7 @@ CORE_CLIENTS_SHARE = 0.4  # of the worlds are called through the client library'
 CALM_SHARE = 0.3
 CALM_S_MIN = 14.0
 CALM_S_MAX = 30.0
+MOVES_S_MIN = 8.0  # a world with less time than that for moves has none
 SYNC_S_MAX = 0.15  # of the slowest disk: a replica must be able to catch up in the second phase
 
 
@@ -51,6 +54,9 @@ class Fault(Enum):
     WALL_JUMP = "wall clock jump"
     TRANSFER = "leadership transfer"
     CUT_LEADER = "a leader and less than half of its group cut off"
+    MOVE = "a shard is given to other nodes"
+    RESEED = "a replica is copied anew"
+    LOSE_DISK = "a disk is lost"
 
 
 # Virtual seconds between two faults of a kind, where a world has it: drawn log-uniformly.
@@ -70,6 +76,12 @@ FAULT_EVERY_S: dict[Fault, tuple[float, float]] = {
     Fault.WALL_JUMP: (5.0, 30.0),
     Fault.TRANSFER: (2.0, 20.0),
     Fault.CUT_LEADER: (2.0, 20.0),
+}
+# Of worlds whose shards move, in addition.
+MOVES_EVERY_S: dict[Fault, tuple[float, float]] = {
+    Fault.MOVE: (1.5, 8.0),
+    Fault.RESEED: (4.0, 20.0),
+    Fault.LOSE_DISK: (6.0, 30.0),
 }
 
 
@@ -102,6 +114,13 @@ class WorldPlan:
     append_bytes_max: int
     inflight_appends_max: int
     queue_commands_max: int
+    # The meta group is the real one, and shards change epochs and members as it says.
+    moves: bool = False
+
+    @property
+    def asked(self) -> tuple[GroupSpec, ...]:
+        """The groups that clients ask, as they are at the beginning."""
+        return self.groups[1:] if self.moves else self.groups
 
     def engine_of(self, group: str) -> Engine:
         return Engine.REGISTERS if group == GROUP_META else self.engine
@@ -109,6 +128,8 @@ class WorldPlan:
     @property
     def calm_at_s(self) -> float:
         """When faults end and the second phase begins."""
+        if self.moves:  # what was begun must come to its end, too
+            return self.seconds - CALM_S_MAX
         return self.seconds - min(CALM_S_MAX, max(CALM_S_MIN, self.seconds * CALM_SHARE))
 
     @classmethod
@@ -119,6 +140,7 @@ class WorldPlan:
         nodes: int | None = None,
         seconds: float | None = None,
         engine: Engine | None = None,
+        moves: bool | None = None,
     ) -> WorldPlan:
         seconds = SECONDS_DEFAULT if seconds is None else seconds
         if seconds < CALM_S_MIN + 1.0:
@@ -132,7 +154,10 @@ class WorldPlan:
         if engine is None:
             is_shard = stream(seed, "engine").random() < SHARD_SHARE
             engine = Engine.SHARD if is_shard else Engine.REGISTERS
-        return cls(
+        if moves is None:
+            moves = stream(seed, "moves?").random() < MOVES_SHARE
+        moves &= seconds >= CALM_S_MAX + MOVES_S_MIN and len(names) >= 3
+        plan = cls(
             seed=seed,
             seconds=seconds,
             nodes=names,
@@ -164,6 +189,32 @@ class WorldPlan:
             append_bytes_max=chance.choice([2_000, 1 << 20]),
             inflight_appends_max=chance.choice([4, 256]),
             queue_commands_max=chance.choice([8, 10_000]),
+        )
+        return plan.moving() if moves else plan
+
+    def moving(self) -> WorldPlan:
+        """The same world, but with shards that move. Its own chance: all else stays as it was."""
+        chance = stream(self.seed, "moves")
+        names = self.nodes
+        if len(names) == 3 and chance.random() < 0.7:
+            names = (*names, "n4")
+        shards = ShardMap.initial(names, chance.choice([1, 1, 2]), 3).shards
+        slowness = self.slowness + (1.0,) * (len(names) - len(self.nodes))
+        return replace(
+            self,
+            moves=True,
+            nodes=names,
+            slowness=slowness,
+            groups=(
+                GroupSpec(GROUP_META, 1, names[:3]),
+                *(GroupSpec(s.id, 1, s.members, s.preferred_leader) for s in shards.values()),
+            ),
+            fault_every_s=self.fault_every_s
+            | {
+                fault: math.exp(chance.uniform(math.log(low), math.log(high)))
+                for fault, (low, high) in MOVES_EVERY_S.items()
+                if fault is Fault.MOVE or chance.random() < 0.5
+            },
         )
 
 

@@ -25,6 +25,9 @@ class WorldResult:
     elections: int = 0
     audits: int = 0
     left_behind: int = 0  # replicas that lack what no log has any more
+    has_moves: bool = False
+    moves: int = 0  # epochs that began
+    pauses_s: list[float] = field(default_factory=list)  # of writes, at each
     events: int = 0
     bursts: int = 0
     checker_steps: int = 0

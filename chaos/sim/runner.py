@@ -68,14 +68,17 @@ def play(order: Order) -> Outcome:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Around worlds: no log lines, no garbage collection."""
-    log = logging.getLogger("agentmem_cluster")
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)  # the story tells what nodes would log, in virtual time
+    # The story tells what nodes would log, in virtual time.
+    logs = [logging.getLogger(name) for name in ("agentmem_cluster", "agentmem")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL + 1)
     gc.disable()  # a world's objects live as long as it does: looking for garbage costs a tenth
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
         gc.enable()
         gc.collect()
 

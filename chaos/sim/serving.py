@@ -9,6 +9,7 @@ from agentmem_chaos.sim.clients import Seen
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.machine import Command
 from agentmem_chaos.sim.node import SimNode
+from agentmem_cluster.epochs.commands import Sealed
 from agentmem_cluster.errors import AgentMemError, Unavailable, WrongShard
 from agentmem_cluster.raft.api import Applied
 
@@ -25,6 +26,9 @@ class Serving:
         self._auditor = auditor
         self._confirms_reads = confirms_reads
 
+    def members_of(self, group: str) -> tuple[str, ...]:
+        return self._node.members_of(group)
+
     def propose(
         self, group: str, command: Command, answer: Callable[[Applied | AgentMemError, bool], None]
     ) -> None:
@@ -34,16 +38,24 @@ class Serving:
             return
 
         def run() -> None:
-            if group not in node.groups:
-                answer(_wrong_shard(self.name, group), True)
+            refusal = node.refusal(group)
+            if refusal is not None:
+                answer(refusal, True)
                 return
             at_once = True
             encoded = node.encode(group, command)
+            spec = node.groups[group]
 
             def done(outcome: Applied | AgentMemError) -> None:
+                if isinstance(outcome, Applied) and isinstance(outcome.result, Sealed):
+                    # It came between two epochs, and was certainly not done.
+                    answer(WrongShard(f"{group} is between two epochs"), True)
+                    return
                 if isinstance(outcome, Applied):
                     self._judge.acknowledged_write(self.name, group, encoded, outcome)
-                    self._auditor.committed(node.groups[group], outcome.index, outcome.term)
+                    node.acknowledged(spec, outcome.index)
+                    if node.groups.get(group) == spec:
+                        self._auditor.committed(spec, outcome.index, outcome.term)
                 answer(outcome, at_once)
 
             node.run(lambda core: core.propose(group, encoded, done))
@@ -60,7 +72,7 @@ class Serving:
 
         def run() -> None:
             if group not in node.groups:
-                answer(_wrong_shard(self.name, group))
+                answer(WrongShard(f"{group} is not on {self.name}", hint="Refresh the shard map."))
                 return
             machine = node.machines[group]
             if not self._confirms_reads:
@@ -71,17 +83,12 @@ class Serving:
                 if isinstance(outcome, AgentMemError):
                     answer(outcome)
                     return
-                if machine.applied_index < outcome:
-                    self._judge.accuse(
-                        "reads wait", f"{self.name} {group}: {machine.applied_index} < {outcome}"
-                    )
+                applied = node.applied_index(group)
+                if applied < outcome:
+                    self._judge.accuse("reads wait", f"{self.name} {group}: {applied} < {outcome}")
                 answer(Seen(machine.read(key), machine.applied_index))
 
             node.run(lambda core: core.read_index(group, done))
             node.plan_turn()
 
         node.in_process(node.boot_number, run)
-
-
-def _wrong_shard(node: str, group: str) -> WrongShard:
-    return WrongShard(f"{group} is not on {node}", hint="Refresh the shard map.")

@@ -17,6 +17,7 @@ import msgspec
 from agentmem_chaos.checker import GONE, Kind
 from agentmem_chaos.sim.machine import Command, Effect, Observer, Outcome
 from agentmem_chaos.sim.shard_store import DIM, ShardStore
+from agentmem_cluster.epochs.commands import EpochState, Sealed, is_control
 from agentmem_cluster.errors import DiskFull
 from agentmem_cluster.raft.api import Entry
 from agentmem_node.engine.shard import Shard
@@ -24,6 +25,7 @@ from agentmem_node.model.commands import (
     REQUEST_ID_BYTES,
     Add,
     Delete,
+    EpochChanged,
     Op,
     Rejected,
     Update,
@@ -59,16 +61,20 @@ class ShardMachine:
     def durable_index(self) -> int:
         return self._shard.durable_index
 
-    def apply(self, entries: Sequence[Entry]) -> list[Effect]:
+    @property
+    def epoch_state(self) -> EpochState:
+        return self._shard.epoch_state
+
+    def apply(self, entries: Sequence[Entry]) -> list[Any]:
         if self._store.is_full():
             raise DiskFull("the state machine has no room")
-        effects: list[Effect] = []
+        effects: list[Any] = []
         for part in self._parts(entries):
             results = self._shard.apply(part)
             self._store.applied()
             for entry, result in zip(part, results, strict=True):
                 effect = effect_of(entry.command, result)
-                effects.append(effect)
+                effects.append(result if isinstance(result, Sealed) else effect)
                 self._observe(entry, effect, self._compared(entry) if entry is part[-1] else None)
         return effects
 
@@ -81,7 +87,7 @@ class ShardMachine:
         part: list[Entry] = []
         for entry in entries:
             part.append(entry)
-            if entry.index % COMPARED_EVERY == 0:
+            if entry.index % COMPARED_EVERY == 0 or is_control(entry.command):
                 yield part
                 part = []
         if part:
@@ -89,7 +95,8 @@ class ShardMachine:
 
     def _compared(self, entry: Entry) -> bytes:
         digest = self._shard.digest()
-        return digest + self.contents() if entry.index % COMPARED_EVERY == 0 else digest
+        whole = entry.index % COMPARED_EVERY == 0 or is_control(entry.command)
+        return digest + self.contents() if whole else digest
 
     def encode(self, command: Command, at_ms: int) -> bytes:
         key = id_of(command.key)
@@ -145,8 +152,8 @@ class RefusedByShard(Exception):
 
 
 def effect_of(command: bytes, result: Any) -> Effect:
-    if not command:
-        return Effect(True, None, False)
+    if not command or isinstance(result, EpochChanged | Sealed):
+        return Effect(not isinstance(result, Sealed), None, False)
     if not isinstance(result, WriteResult):
         raise RefusedByShard(f"{describe(command)}: {result!r}")
     outcome = result.outcomes[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 from agentmem_node.engine.shard import Shard
 from agentmem_node.storage.checkpoint import DATA_NAME
 from agentmem_node.storage.environment import CheckpointJob
+from agentmem_node.storage.snapshot import SnapshotWriter, StorageSnapshot, discard
 from agentmem_node.storage.store import Store
 
 DIM = 4
@@ -57,10 +58,12 @@ class ShardStore:
         self._folder = folder
         self._id = shard_id
         self._store: Store | None = None
+        self._shard: Shard | None = None
         self._job: SimCheckpoint | None = None
         self._durable_index = 0
         self._images: list[bytes] = []  # of the data file: as last synced, then what came after
         self._synced_size = 0
+        self._snapshots: list[StorageSnapshot] = []
 
     @property
     def durable_index(self) -> int:
@@ -73,7 +76,30 @@ class ShardStore:
         store = self._store = Store.open(self._folder, dim=DIM, map_bytes=MAP_BYTES)
         if is_new:
             self._is_synced()
-        return Shard(store, self._id, index_factory=None)
+        self._shard = Shard(store, self._id, index_factory=None)
+        return self._shard
+
+    def open_snapshot(self) -> StorageSnapshot:
+        """What is visible now, to be copied to another node."""
+        assert self._shard is not None
+        snapshot = self._shard.open_snapshot()
+        self._snapshots.append(snapshot)
+        return snapshot
+
+    def receive(self, size_bytes: int, write: Callable[[SnapshotWriter], None], index: int) -> None:
+        """A snapshot of entry `index` from another node takes this place, durably."""
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        writer = SnapshotWriter(self._folder, size_bytes)
+        try:
+            write(writer)
+        finally:
+            writer.close()
+        self._is_synced()
+        self._durable_index = index
+
+    def remove(self) -> None:
+        self.close()
+        discard(self._folder)
 
     def contents(self) -> bytes:
         """A hash of every row."""
@@ -141,7 +167,10 @@ class ShardStore:
 
     def _let_go(self) -> None:
         """No checkpoint is made: what came after the last one is left to the journal."""
-        self._job = None
+        self._job = self._shard = None
+        for snapshot in self._snapshots:
+            snapshot.close()
+        self._snapshots.clear()
         if self._store is not None:
             self._store.env.close()
             self._store = None

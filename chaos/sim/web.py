@@ -20,7 +20,7 @@ from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.serving import Serving
 from agentmem_client.instructions import Failure, Send
-from agentmem_cluster.errors import AgentMemError, NotFound
+from agentmem_cluster.errors import AgentMemError, NotFound, Unavailable
 from agentmem_cluster.raft.api import Applied
 from agentmem_cluster.ring import SLOTS, slot_of
 
@@ -106,7 +106,12 @@ class Web:
         answer: Callable[[int, Mapping[str, str], Any], None],
     ) -> None:
         if path == CLUSTER_PATH:
-            answer(200, {}, self._view(node))
+            view = self._view(node)
+            if view is None:
+                unknown = Unavailable("This node has not learnt the shard map yet.")
+                answer(unknown.status, {}, unknown.as_dict())
+            else:
+                answer(200, {}, view)
             return
         if path == READY_PATH:
             answer(200, {}, {})
@@ -144,8 +149,11 @@ class Web:
             key = request.headers["Idempotency-Key"]
             server.propose(group, command_of(asked, key), written)
 
-    def _view(self, node: SimNode) -> dict[str, Any]:
+    def _view(self, node: SimNode) -> dict[str, Any] | None:
         """`GET /cluster`: what this node believes."""
+        version, believed = node.map_of_shards()
+        if not believed:
+            return None
         shards = {
             spec.id: {
                 "epoch": spec.epoch,
@@ -153,13 +161,13 @@ class Web:
                 "leader": None if node.core is None else node.core.leader(spec.id),
                 "slots": [list(self._slots(spec.id))],
             }
-            for spec in self._plan.groups
+            for spec in believed
         }
         nodes = {name: {"http": url_of(name)} for name in self._plan.nodes}
-        return {"version": 1, "tenant": TENANT, "nodes": nodes, "shards": shards}
+        return {"version": version, "tenant": TENANT, "nodes": nodes, "shards": shards}
 
     def _slots(self, group: str) -> tuple[int, int]:
-        ids = [spec.id for spec in self._plan.groups]
+        ids = [spec.id for spec in self._plan.asked]
         at, share = ids.index(group), SLOTS // len(ids)
         return at * share, SLOTS - 1 if at == len(ids) - 1 else (at + 1) * share - 1
 

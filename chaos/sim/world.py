@@ -10,8 +10,11 @@ from agentmem_chaos.checker import Kind
 from agentmem_chaos.sim.audit import Auditor
 from agentmem_chaos.sim.clients import Call, Caller, Fate, PlainCaller, SimClient
 from agentmem_chaos.sim.core_caller import CoreCaller
+from agentmem_chaos.sim.epochs import EpochJudge
 from agentmem_chaos.sim.invariants import Invariants
 from agentmem_chaos.sim.judge import Judge, Ledger
+from agentmem_chaos.sim.moves import groups_of, unfinished
+from agentmem_chaos.sim.moving_node import MovingNode
 from agentmem_chaos.sim.nemesis import Nemesis
 from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.node import SimNode
@@ -24,9 +27,11 @@ from agentmem_chaos.sim.serving import Serving
 from agentmem_chaos.sim.story import Story
 from agentmem_chaos.sim.web import Web
 from agentmem_cluster.raft.api import GroupSpec, Role
+from agentmem_cluster.shardmap import ShardMap
 
 # Of the second phase: when a write must have succeeded, and when clients stop.
 WRITE_WITHIN_S = 9.0
+WRITE_WITHIN_S_OF_MOVES = 20.0  # a change may have to wait for its stragglers, and be redirected
 QUIET_S = 5.0
 FINAL_READS_S = 5.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -52,7 +57,7 @@ class World:
             self.story.trace,
         )
         for name in plan.nodes:
-            self.nodes[name] = SimNode(
+            self.nodes[name] = (MovingNode if plan.moves else SimNode)(
                 name,
                 plan,
                 self.parts,
@@ -66,9 +71,13 @@ class World:
             )
         for name, node in self.nodes.items():
             self.net.attach(name, node)
+        movers = self.movers = {n: m for n, m in self.nodes.items() if isinstance(m, MovingNode)}
+        self.epochs = EpochJudge(movers, self.judge, self.schedule)
+        for node in movers.values():
+            first_map = ShardMap.initial(plan.nodes, len(plan.asked), 3)
+            node.prepare(self.epochs, plan.groups[0].members, first_map)
         self.auditor = Auditor(
             self.nodes,
-            plan.groups,
             lambda disk: open_journal(disk, plan),
             self.judge,
             stream(plan.seed, "audit"),
@@ -92,7 +101,7 @@ class World:
             seeds = chance.sample(self.plan.nodes, chance.randint(1, len(self.plan.nodes)))
             caller = CoreCaller(self.web, seeds, self.schedule, chance)
         else:
-            caller = PlainCaller(self.servers, self.schedule, chance)
+            caller = PlainCaller(self.servers, self.schedule, chance, moves=self.plan.moves)
         return SimClient(
             number,
             caller,
@@ -136,13 +145,14 @@ class World:
         plan = self.plan
         self.nemesis.heal()
         healed_s = self.schedule.now_s
-        if not self._play(healed_s + WRITE_WITHIN_S):
+        within_s = WRITE_WITHIN_S_OF_MOVES if plan.moves else WRITE_WITHIN_S
+        if not self._play(healed_s + within_s):
             return
-        for group in plan.groups:
+        for group in plan.asked:
             if not self._written_since(group, healed_s) and not self._probe(group):
                 self.judge.accuse(
                     "liveness",
-                    f"no write to {group.id} succeeded within {WRITE_WITHIN_S} s of healing\n"
+                    f"no write to {group.id} succeeded within {within_s} s of healing\n"
                     + self._statuses(),
                 )
                 return
@@ -154,13 +164,17 @@ class World:
             return
         self._converged()
         if not self.judge.violations:
-            ledgers = {group.id: self._ledger(group) for group in plan.groups}
+            ledgers = {group.id: self._ledger(group) for group in self._groups_now()}
             operations = self.judge.history(self.calls, ledgers, self.schedule.now_s)
             self.judge.linearizable(operations)
 
     def _ledger(self, group: GroupSpec) -> Ledger:
-        machines = [self.nodes[name].machines[group.id] for name in group.members]
+        nodes = [self.nodes[name] for name in group.members]
+        machines = [node.machines[group.id] for node in nodes if group.id in node.machines]
         return max(machines, key=lambda machine: machine.applied_index).outcome
+
+    def _groups_now(self) -> tuple[GroupSpec, ...]:
+        return groups_of(self.plan, self.movers) if self.plan.moves else self.plan.groups
 
     def _written_since(self, group: GroupSpec, since_s: float) -> bool:
         return any(
@@ -184,14 +198,17 @@ class World:
                     "liveness", f"client {client.number} still waits\n{self._statuses()}"
                 )
                 return
-        for group in self.plan.groups:
+        if self.plan.moves and (left := unfinished(self.movers)):
+            self.judge.accuse("liveness", f"{left}\n{self._statuses()}")
+            return
+        for group in self._groups_now():
             ends = {}
             for name in group.members:
                 node = self.nodes[name]
                 if not node.alive:
                     self.judge.accuse("liveness", f"{name} is down at the end")
                     return
-                if not self._was_left_behind(group, node):
+                if not self._was_left_behind(group, node) and not node.may_have_lost(group):
                     machine = node.machines[group.id]
                     ends[name] = (machine.applied_index, machine.digest(), machine.contents())
             if len(set(ends.values())) != 1 or 2 * len(ends) <= len(group.members):
@@ -204,11 +221,13 @@ class World:
 
         Its word is not taken for it: every log that is at the end must really begin later.
         """
-        if node.core is None or not node.core.needs_reseed(group.id):
+        if node.core is None or group.id not in node.groups:
+            return False
+        if not node.core.needs_reseed(group.id):
             return False
         own = node.core.status(group.id)
-        others = [self.nodes[name].core for name in group.members if name != node.name]
-        ahead = [core.status(group.id) for core in others if core is not None]
+        others = [self.nodes[name] for name in group.members if name != node.name]
+        ahead = [o.core.status(group.id) for o in others if o.core and group.id in o.groups]
         behind = all(s.first_index > own.last_index + 1 for s in ahead if s.role is Role.LEADER)
         if behind:
             self.left_behind += 1
@@ -218,9 +237,10 @@ class World:
         """A linearizable read on every replica of every group answers, if asked now and then."""
         missing = {
             (group.id, name)
-            for group in self.plan.groups
+            for group in self._groups_now()
             for name in group.members
             if not self._was_left_behind(group, self.nodes[name])
+            and not self.nodes[name].may_have_lost(group)
         }
         until_s = self.schedule.now_s + FINAL_READS_S
 
@@ -282,6 +302,9 @@ class World:
             faults=self.nemesis.faults,
             audits=self.auditor.audits,
             left_behind=self.left_behind,
+            has_moves=self.plan.moves,
+            moves=self.epochs.moves,
+            pauses_s=self.epochs.pauses_s,
             elections=self.judge.elections,
             events=self.schedule.events,
             bursts=self.net.bursts,
