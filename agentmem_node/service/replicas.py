@@ -23,7 +23,6 @@ from agentmem_cluster.epochs.reports import Staging
 from agentmem_cluster.errors import AgentMemError, BadRequest, NotLeader, Unavailable
 from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.link.link import Link
-from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.raft.applying import LogBehind
 from agentmem_cluster.raft.host import AsyncGroup, Host
 from agentmem_cluster.runtime import Clock, Disk
@@ -479,7 +478,7 @@ class Replicas:
             if self.set.staged.get(staged.info.id) is not staged:
                 return  # it became a replica meanwhile, or is not wanted any more
             failpoint("copying.after_tail")
-            self._apply(staged, machine, entries)
+            staged.apply(entries)
             if machine.is_sealed and staged.follows < staged.info.epoch:
                 if self._is_part(staged):
                     await self._restrict(staged, machine)
@@ -510,13 +509,6 @@ class Replicas:
         assert isinstance(shard, Shard)
         for _ in shard.restrict(staged.info.slot_start, staged.info.slot_end):
             await asyncio.sleep(0)  # heartbeats go on meanwhile
-
-    def _apply(self, staged: Staged, machine: EpochMachine, entries: list[Entry]) -> None:
-        if not entries:
-            return
-        machine.apply(entries)
-        last = machine.inner.applied_index
-        staged.last_term = next(e.term for e in reversed(entries) if e.index == last)
 
     async def _make_durable(self, machine: EpochMachine) -> None:
         job = machine.checkpoint()

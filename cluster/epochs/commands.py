@@ -6,6 +6,7 @@ with a byte that no msgpack value begins with.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgpack
@@ -17,13 +18,16 @@ _BEGIN: Final = 2
 _EPOCH_END: Final = 1 << 63
 
 
-class Seal(NamedTuple):
+# Not tuples, as the others here: a tuple of one number equals any other of the same number.
+@dataclass(frozen=True, slots=True)
+class Seal:
     """Epoch `epoch` takes no more commands: what was applied before is its final state."""
 
     epoch: int
 
 
-class Begin(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Begin:
     """Epoch `epoch` takes commands from here on: nobody can be reading the one before any more."""
 
     epoch: int

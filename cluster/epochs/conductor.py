@@ -107,6 +107,7 @@ class Conductor:
         self._heard_s: dict[str, float] = {}
         self._asked_s: dict[Instruction, float] = {}
         self._sealed_s: float | None = None
+        self._founded_s: float | None = None
         self._checkpoint_at: dict[str, int] | None = None
         self._failed: dict[str, int] = {}  # looks at a copy that failed, by node
 
@@ -161,7 +162,7 @@ class Conductor:
             for node, r in reports.items()
             if r.old is not None
             and node in self.change.targets[0].members
-            and self.change.keeps_its_state(node, self.change.shard)
+            and self._goes_on(r, self.change.shard)
         }
         if self._checkpoint_at is None:
             self._checkpoint_at = {node: old.applied_index for node, old in keeping.items()}
@@ -176,13 +177,9 @@ class Conductor:
         return [seal] if self._ask(seal, now_s) else []
 
     def _is_ready(self, report: Report, target: ShardInfo, committed: int) -> bool:
-        if self.change.keeps_its_state(report.node, target.id):
-            old = report.old
-            return (
-                old is not None
-                and not old.needs_reseed
-                and committed - old.applied_index <= self._timing.lag_entries_max
-            )
+        if self._goes_on(report, target.id):
+            assert report.old is not None
+            return committed - report.old.applied_index <= self._timing.lag_entries_max
         staged = report.staged.get(target.id)
         return (
             staged is not None
@@ -204,7 +201,7 @@ class Conductor:
             self._failed[report.node] = self._failed.get(report.node, 0) + 1
             if self.change.source and self._failed[report.node] > self._timing.fetches_max:
                 return [GiveUp(f"{report.node}: {staged.error}")]
-        if self.change.keeps_its_state(report.node, target.id) and report.old is not None:
+        if self._goes_on(report, target.id):
             return []
         source = self._source_for(report.node, reports)
         if source is None:
@@ -262,7 +259,7 @@ class Conductor:
 
     def _has_final(self, report: Report, target: ShardInfo, seal: tuple[int, int]) -> bool:
         """Whether a member has the final state, on disk."""
-        if self.change.keeps_its_state(report.node, target.id):
+        if self._goes_on(report, target.id):
             old = report.old
             return old is not None and old.seal == seal and old.durable_index >= seal[0]
         staged: StagedReplica | None = report.staged.get(target.id)
@@ -286,6 +283,8 @@ class Conductor:
     # -- finishing -----------------------------------------------------------------------------
 
     def _finish(self, reports: Mapping[str, Report], now_s: float) -> list[Instruction]:
+        if self._founded_s is None:
+            self._founded_s = now_s
         for target in self.change.targets:
             serving = begun = 0
             for member in target.members:
@@ -294,13 +293,32 @@ class Conductor:
                 if new is not None:
                     serving += 1
                     begun += new.has_begun
-                elif not self._is_missing(member, now_s):
+                elif not self._is_missing(member, now_s) and self._may_come(report, target, now_s):
                     return []
             if 2 * serving <= len(target.members) or 2 * begun <= len(target.members):
                 return []
         return [Finish()]
 
+    def _may_come(self, report: Report | None, target: ShardInfo, now_s: float) -> bool:
+        """Whether a member that does not serve yet is waited for. Not for ever: a disk that was
+        lost since has this epoch closed to it, and what is amiss is mended by another change."""
+        assert self._founded_s is not None
+        staged = None if report is None else report.staged.get(target.id)
+        if staged is not None and staged.state is not Staging.FAILED:
+            return True
+        return now_s - self._founded_s <= self._timing.missing_s
+
     # -- inside --------------------------------------------------------------------------------
+
+    def _goes_on(self, report: Report, shard: str) -> bool:
+        """Whether a member goes on with its replica. One that has lost it since the change began,
+        or fell too far behind, copies as a new member does: nobody else could mend it meanwhile."""
+        old = report.old
+        return (
+            old is not None
+            and not old.needs_reseed
+            and self.change.keeps_its_state(report.node, shard)
+        )
 
     def _is_missing(self, node: str, now_s: float) -> bool:
         return now_s - self._heard_s.get(node, self._began_s) > self._timing.missing_s

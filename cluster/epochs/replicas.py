@@ -14,7 +14,7 @@ happens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from agentmem_cluster.epochs.reports import (
     Staging,
 )
 from agentmem_cluster.failpoints import failpoint
-from agentmem_cluster.raft.api import GroupSpec, GroupStatus, StateMachine
+from agentmem_cluster.raft.api import Entry, GroupSpec, GroupStatus, StateMachine
 from agentmem_cluster.runtime import Disk
 from agentmem_cluster.shardmap import ShardInfo, ShardMap
 
@@ -88,6 +88,15 @@ class Staged:
     done_bytes: int = 0
     total_bytes: int = 0
     error: str = ""
+
+    def apply(self, entries: Sequence[Entry]) -> None:
+        """Apply what the source has committed. What came after the seal changes nothing."""
+        if self.machine is None or not entries:
+            return
+        self.machine.apply(entries)
+        last = self.machine.inner.applied_index
+        found = (entry.term for entry in reversed(entries) if entry.index == last)
+        self.last_term = next(found, self.last_term)
 
 
 class ReplicaSet:
@@ -210,8 +219,6 @@ class ReplicaSet:
     def _is_restored(self, info: ShardInfo) -> bool:
         change = self.changes.get(info.id)
         return change is not None and bool(change.source) and change.target_of(info.id) == info
-
-    # -- taking part, and leaving --------------------------------------------------------------
 
     def _go_on(self, served: Served, info: ShardInfo, base: Base) -> None:
         """With the replica that is here, once it has the final state on disk."""
@@ -386,7 +393,11 @@ class ReplicaSet:
         return staged
 
     def drop_copies(self, current: Iterable[Staged]) -> list[Staged]:
-        """Copies that no change and no map asks for any more are taken out and returned."""
+        """Copies that no change and no map asks for any more are taken out and returned.
+
+        And those of epochs that serve already which failed: nobody stages them again, so that they
+        are `wanted` from here on, and copied from a member of that very epoch.
+        """
         assert self.map is not None
         dropped = []
         for staged in current:
@@ -394,7 +405,8 @@ class ReplicaSet:
             target = next(
                 (t for c in self.changes.values() for t in c.targets if t == staged.info), None
             )
-            if target is None and info != staged.info:
+            is_late = info == staged.info and staged.state is Staging.FAILED
+            if is_late or (target is None and info != staged.info):
                 dropped.append(staged)
                 self.staged.pop(staged.info.id, None)
         return dropped

@@ -158,3 +158,37 @@ def test_what_a_backup_cannot_give_is_given_up_before_anything_is_sealed() -> No
 def test_a_report_crosses_the_link_unchanged() -> None:
     for report in (old("n1", seal=True), copy(Staging.COMPLETE, seal=True), Report("n4")):
         assert Report.from_wire(report.node, report.to_wire()) == report
+
+
+@pytest.mark.parametrize(
+    "useless", [None, OldReplica(10, 10, needs_reseed=True)], ids=["lost", "too far behind"]
+)
+def test_a_member_whose_replica_is_lost_during_the_change_copies_as_a_new_one_does(
+    useless: OldReplica | None,
+) -> None:
+    conductor = Conductor(MOVE, 0.0)
+    others = [old("n1", leads=True), old("n2"), copy(Staging.FOLLOWING)]
+    lost = Report("n3", useless)
+    assert step(conductor, [*others, lost], 0.0) == [Stage("n3", "s00", "n2")]
+    again = replace(lost, staged={"s00": StagedReplica(Staging.FOLLOWING, 100, 100)})
+    assert step(conductor, [*others, again], 0.1) == [SealOld("n1")]
+    sealed = [
+        old("n1", seal=True, leads=True),
+        replace(lost, staged={"s00": StagedReplica(Staging.COMPLETE, 100, 100, SEAL)}),
+        copy(Staging.COMPLETE, seal=True),
+    ]
+    assert Found(Base(*SEAL)) in step(conductor, sealed, 0.2) + step(conductor, sealed, 0.5)
+
+
+def test_a_member_that_cannot_serve_the_next_epoch_is_not_waited_for_for_ever() -> None:
+    founded = MOVE.founded(Base(*SEAL))
+    conductor = Conductor(founded, 0.0)
+    serving = [Report(n, new={"s00": NewReplica(101, has_begun=True)}) for n in ("n2", "n3")]
+    patience_s = Timing().missing_s
+    assert step(conductor, [*serving, Report("n4")], 0.0, founded) == []
+    assert step(conductor, [*serving, Report("n4")], patience_s, founded) == []
+    # Another copies still, however long it takes ...
+    copying = copy(Staging.COPYING)
+    assert step(conductor, [*serving, copying], patience_s + 1.0, founded) == []
+    # ... but this one lost its disk, and no copy helps it into an epoch in which it has voted.
+    assert step(conductor, [*serving, Report("n4")], patience_s + 1.0, founded) == [Finish()]
