@@ -3,6 +3,9 @@
 A node that lost its disk has forgotten its votes. It may hold replicas again, but never of an
 epoch in which its old self may have taken part: all epochs that serve when it comes back are
 closed to it, and the cluster gives it a place in the next ones.
+
+A disk takes part in nothing before the cluster knows it, or a disk that was lost before its
+registration came through would be one that nobody had known: its successor could vote again.
 """
 
 from __future__ import annotations
@@ -51,8 +54,11 @@ def admit(record: LocalRecord, view: View, node_id: str, disk: Disk) -> bool:
     is_old_disk = known is not None and known.incarnation == "" and record.is_admitted
     if record.is_admitted and (known is None or is_known_disk or is_old_disk):
         return False
-    is_lost_disk = known is not None and not is_known_disk
-    if is_lost_disk:
+    if known is None:
+        return False  # it registers first
+    # The view in which it is registered may be the first to show an epoch of its old self.
+    is_another = not is_known_disk or GROUP_META in record.closed
+    if not is_known_disk:
         log.warning(
             "the cluster knows node %s with another disk: what was on it is taken as lost, and is "
             "copied from other nodes",
@@ -60,10 +66,10 @@ def admit(record: LocalRecord, view: View, node_id: str, disk: Disk) -> bool:
         )
     failpoint("admission.before_record")
     with record.kept(disk):
-        if is_lost_disk:
+        if is_another:
             for info in view.map.shards.values():
                 record.close(info.id, info.epoch)
             record.close(GROUP_META, 1 if view.meta is None else view.meta.epoch)
-        record.is_admitted = True
+        record.is_admitted |= is_known_disk
     failpoint("admission.after_record")
-    return is_lost_disk
+    return is_another
