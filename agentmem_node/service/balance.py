@@ -46,6 +46,6 @@ async def balance_leaders(
                 await membership.ask(home, "shard.may_lead")
                 await local.group.transfer(home, deadline=now_s + _TRANSFER_S)
                 log.info("gave the leadership of %s to %s", shard_id, home)
+                break
             except AgentMemError as error:
                 log.info("%s keeps the leadership of %s: %s", node_id, shard_id, error)
-            break
