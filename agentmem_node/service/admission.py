@@ -29,17 +29,25 @@ _INCARNATION_BYTES = 12
 def open_record(disk: Disk, logs: Iterable[tuple[str, int]], rng: Rng) -> LocalRecord:
     """The record on this disk; a new one for a new disk. Raises RecordCorrupt, OSError.
 
-    `logs`: the groups in the journal. A version that kept no record left its groups there.
+    `logs`: the groups in the journal. A version that kept no record left its groups there, before
+    this version ran on the disk or after it.
     """
     record = LocalRecord.load(disk)
-    if record is not None:
-        return record
-    record = LocalRecord(rng.token(_INCARNATION_BYTES).hex())
-    for group, epoch in logs:
+    is_new = record is None
+    if record is None:
+        record = LocalRecord(rng.token(_INCARNATION_BYTES).hex())
+    # With a record, a group is in it before it is in the journal, and closed before it leaves.
+    unknown = [
+        (group, epoch)
+        for group, epoch in logs
+        if group not in record.held and epoch > record.closed.get(group, 0)
+    ]
+    for group, epoch in unknown:
         record.is_admitted = True
         folder = META_FOLDER if group == GROUP_META else folder_name(group, epoch)
         record.hold(group, Held(epoch, folder))
-    record.save(disk)
+    if is_new or unknown:
+        record.save(disk)
     return record
 
 

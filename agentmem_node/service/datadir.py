@@ -16,7 +16,10 @@ from types import TracebackType
 
 import msgspec
 
-FORMAT = 1
+# The highest that this version knows. A new directory is of the first, which the version before
+# reads as well; `DataDir.require` raises it when there is no way back to that version.
+FORMAT = 2
+_FORMAT_FIRST = 1
 
 
 class DataDirError(Exception):
@@ -26,15 +29,16 @@ class DataDirError(Exception):
 class _Identity(msgspec.Struct):
     node: str
     cluster: str
-    format: int = FORMAT
+    format: int = _FORMAT_FIRST
 
 
 class DataDir:
     """Open and locked for as long as the object lives."""
 
-    def __init__(self, path: Path, lock_fd: int) -> None:
+    def __init__(self, path: Path, lock_fd: int, identity: _Identity) -> None:
         self.path = path
         self._lock_fd = lock_fd
+        self._identity = identity
 
     @classmethod
     def open(cls, path: Path, node_id: str, cluster: str) -> DataDir:
@@ -60,13 +64,23 @@ class DataDir:
                 "directory with --data."
             ) from error
         try:
-            _check_identity(path, node_id, cluster)
+            identity = _check_identity(path, node_id, cluster)
         except BaseException:
             os.close(lock_fd)
             raise
         os.ftruncate(lock_fd, 0)
         os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
-        return cls(path, lock_fd)
+        return cls(path, lock_fd, identity)
+
+    def require(self, form: int) -> None:
+        """From now on, durably, a version that knows lower formats only refuses this directory.
+
+        Raises OSError.
+        """
+        if form > self._identity.format:
+            raised = _Identity(self._identity.node, self._identity.cluster, form)
+            _write_identity(self.path, raised)
+            self._identity = raised
 
     def close(self) -> None:
         if self._lock_fd >= 0:
@@ -85,7 +99,7 @@ class DataDir:
         self.close()
 
 
-def _check_identity(path: Path, node_id: str, cluster: str) -> None:
+def _check_identity(path: Path, node_id: str, cluster: str) -> _Identity:
     file = path / "node.json"
     own = _Identity(node=node_id, cluster=cluster)
     try:
@@ -96,19 +110,8 @@ def _check_identity(path: Path, node_id: str, cluster: str) -> None:
                 f"{path} holds a journal but no node.json: it is not certain whose data this is. "
                 "Restore node.json from a backup, or choose another directory with --data."
             ) from None
-        new = path / "node.json.new"
-        with new.open("wb") as out:
-            out.write(msgspec.json.encode(own))
-            out.flush()
-            os.fsync(out.fileno())
-        new.rename(file)
-        # Without this a power loss could leave a journal that belongs to nobody.
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        return
+        _write_identity(path, own)
+        return own
     except (OSError, msgspec.DecodeError) as error:
         raise DataDirError(f"{file} cannot be read: {error}.") from error
     if found.format > FORMAT:
@@ -122,3 +125,19 @@ def _check_identity(path: Path, node_id: str, cluster: str) -> None:
             f"{node_id!r} of cluster {cluster!r}. A node that took over another's votes could "
             "lose acknowledged writes: choose another directory with --data."
         )
+    return found
+
+
+def _write_identity(path: Path, identity: _Identity) -> None:
+    new = path / "node.json.new"
+    with new.open("wb") as out:
+        out.write(msgspec.json.encode(identity))
+        out.flush()
+        os.fsync(out.fileno())
+    new.rename(path / "node.json")
+    # Without this a power loss could leave a journal that belongs to nobody.
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
