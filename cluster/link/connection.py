@@ -48,6 +48,8 @@ class Owner(Protocol):
     cluster_id: str
     node_id: str
     limits: LinkLimits
+    level: int
+    level_min: int
 
     @property
     def identity(self) -> Identity: ...
@@ -73,6 +75,7 @@ class Connection(asyncio.Protocol):
         self.expected = expected
         self.peer: str | None = None  # set once the greeting was exchanged
         self.session = 0
+        self.level = 1  # what the peer's version understands
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._decoder = FrameDecoder(_HELLO_BYTES_MAX)
@@ -116,6 +119,7 @@ class Connection(asyncio.Protocol):
                     self._owner.cluster_id,
                     self._owner.node_id,
                     self._offered_session,
+                    self._owner.level,
                 ]
             )
 
@@ -196,6 +200,7 @@ class Connection(asyncio.Protocol):
             self.abort("it did not greet")
             return
         _, protocol, cluster_id, node_id, session = hello[:5]
+        level = hello[5] if len(hello) > 5 else 1
         if protocol != wire.PROTOCOL:
             self.abort(f"it speaks protocol {protocol!r}, this node {wire.PROTOCOL}")
         elif cluster_id != self._owner.cluster_id:
@@ -204,7 +209,13 @@ class Connection(asyncio.Protocol):
             self.abort(f"it says it is {node_id!r}, its certificate {self._certified!r}")
         elif type(session) is not int or not 0 < session < _SESSION_MAX:
             self.abort("its session is no number")
+        elif type(level) is not int or level < self._owner.level_min:
+            self.abort(
+                f"it runs an older version (level {level!r}), and this cluster's shards have been "
+                f"moved since by one of level {self._owner.level_min}: upgrade it"
+            )
         else:
+            self.level = level
             self.peer = self._certified
             # Both sides take the higher offer, so that both know the session by one number.
             self.session = max(session, self._offered_session)

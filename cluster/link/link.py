@@ -53,8 +53,10 @@ class Link:
         cluster_id: str,
         limits: LinkLimits | None = None,
         rng: Rng | None = None,
+        level: int = 1,
     ) -> None:
-        """`peers`: node id to HOST:PORT; this node's own entry is ignored.
+        """`peers`: node id to HOST:PORT; this node's own entry is ignored. `level`: what this
+        node's version understands, as peers are told.
 
         Raises ValueError when the certificate names another node.
         """
@@ -63,6 +65,8 @@ class Link:
         self.node_id = node_id
         self.cluster_id = cluster_id
         self.limits = limits or LinkLimits()
+        self.level = level
+        self.level_min = 1
         self.on_raft: Callable[[str, list[Any]], None] = _ignore
         self.on_up: Callable[[str, int], None] = _ignore
         self.on_down: Callable[[str], None] = _ignore
@@ -132,6 +136,13 @@ class Link:
             self._dialing.pop(peer).cancel()
         if self._started:
             self._dial_missing()
+
+    def require_level(self, level: int) -> None:
+        """From now on, peers of lower levels are refused: they would misread what is said."""
+        self.level_min = max(self.level_min, level)
+        for connection, _ in list(self._up.values()):
+            if connection.level < self.level_min:
+                connection.abort("it runs an older version, which this cluster has left behind")
 
     def _set_peers(self, peers: Mapping[str, str]) -> None:
         self._peers = {p: address for p, address in peers.items() if p != self.node_id}

@@ -1,6 +1,6 @@
 """What travels on a link, and how an error crosses it.
 
-    [HELLO, protocol, cluster id, node id, session]    first, both ways
+    [HELLO, protocol, cluster id, node id, session, level]   first, both ways; none: level 1
     [RAFT, [frame, ...]]
     [CALL, id, method, body, timeout_ms]
     [REPLY, id, result] | [ERROR, id, {code, message, hint, details, retry_after_s}]

@@ -70,9 +70,12 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(folder: Path, node: str, cluster_id: str = "c1", limits: LinkLimits = QUICK) -> Link:
+def make(
+    folder: Path, node: str, cluster_id: str = "c1", limits: LinkLimits = QUICK, level: int = 1
+) -> Link:
     tls = LinkTls.load_folder(folder, "north", node)
-    return Link(node, ("127.0.0.1", 0), {}, tls, RealClock(), cluster_id=cluster_id, limits=limits)
+    listen, clock = ("127.0.0.1", 0), RealClock()
+    return Link(node, listen, {}, tls, clock, cluster_id=cluster_id, limits=limits, level=level)
 
 
 async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
@@ -632,5 +635,34 @@ def test_a_bug_that_frames_trigger_costs_the_connection_only(run: Run, folder: P
             await until(lambda: not a.is_up("n2"))
             b.on_raft = lambda _peer, _frames: None
             await until(lambda: a.is_up("n2"))
+
+    run(story())
+
+
+# -- versions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", ["n1", "n2"], ids=["who dials", "who is dialled"])
+def test_a_peer_of_a_lower_level_is_refused_once_it_would_go_wrong(
+    run: Run, folder: Path, strict: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "agentmem.link")
+
+    async def story() -> None:
+        levels = {"n1": 1, "n2": 1, "n3": 2, strict: 2}
+        links = {name: make(folder, name, level=level) for name, level in levels.items()}
+        demanding = links[strict]
+        (older,) = {"n1", "n2"} - {strict}
+        try:
+            await connect(*links.values())
+            await until(lambda: demanding.peers_up() == sorted({older, "n3"}))
+            demanding.require_level(2)
+            await until(lambda: demanding.peers_up() == ["n3"])
+            await until(lambda: "it runs an older version (level 1)" in caplog.text)
+            assert demanding.peers_up() == ["n3"]
+            assert links["n3"].is_up(older)  # nobody has told it to be strict
+        finally:
+            for link in links.values():
+                await link.close()
 
     run(story())
