@@ -87,7 +87,7 @@ class DevCluster:
         self._name = name
         self._settings = dict(settings or {})
         self._environment = dict(environment or {})
-        self._program = program
+        self._given_program = program
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._expected_ends: set[str] = set()
         self._pipe: tuple[int, int] | None = None
@@ -124,7 +124,7 @@ class DevCluster:
                 "this cluster running already?), or choose others with --port."
             )
         try:
-            prepare(self.data, self.nodes, self._name, self._settings)
+            self._write_files()
         except OSError as error:
             raise DevClusterError(
                 f"Cannot write below {self.data}: {error.strerror}. Choose another directory "
@@ -133,6 +133,9 @@ class DevCluster:
         self._pipe = os.pipe()
         for node in self.nodes:
             self._spawn(node)
+
+    def _write_files(self) -> None:
+        prepare(self.data, self.nodes, self._name, self._settings)
 
     def wait_ready(
         self,
@@ -286,10 +289,9 @@ class DevCluster:
     def _spawn(self, node: NodeFiles, environment: Mapping[str, str] | None = None) -> None:
         if self._pipe is None:
             raise DevClusterError("The cluster is not started.")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_VARIABLES)}
         reading_end = self._pipe[0]
         command = [
-            *(*self._program, "serve"),
+            *(*self._program(node), "serve"),
             *("--config", str(node.config), "--parent-pipe", str(reading_end)),
         ]
         with node.log.open("ab") as log:
@@ -298,11 +300,19 @@ class DevCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**kept, **self._environment, **(environment or {})},
+                env={**self._environment_of(node), **(environment or {})},
                 pass_fds=(reading_end,),
                 start_new_session=True,
             )
         self._expected_ends.discard(node.id)
+
+    def _program(self, node: NodeFiles) -> list[str]:
+        """The command that runs `node`; tests of upgrades run another version."""
+        return list(self._given_program)
+
+    def _environment_of(self, node: NodeFiles) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_VARIABLES)}
+        return {**kept, **self._environment}
 
 
 def is_ready(node: NodeFiles) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentmem_cluster.epochs.record import LocalRecord
-from agentmem_cluster.errors import AgentMemError, NotLeader, Unavailable
+from agentmem_cluster.errors import AgentMemError, BadRequest, NotLeader, Unavailable
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.meta import (
     ClusterSettings,
@@ -103,8 +103,12 @@ class Membership:
             routing,
             clock,
             self._founders,
-            self._changed.set,
+            self._state_changed,
         )
+        self._heard: set[str] = set()  # who has said again who it is
+        self._level_required = 1
+        # What keeps older versions out once they would misread what is decided; set by the node.
+        self.require_level: Callable[[int], None] = lambda level: None
         self._view_ready = asyncio.Event()
         self._adopting = asyncio.Lock()
         self.on_view: list[Callable[[View], None]] = []
@@ -130,11 +134,13 @@ class Membership:
             await self._adopt(view)
         if GROUP_META in self._record.held:
             self._voters.open()
+            self._state_changed()
         if self._link is not None:
             self._link.register("meta.hello", self._on_hello)
             self._link.register("meta.view", self._on_view_asked)
             self._link.register("meta.learn", self._on_learn)
             self._link.register("meta.put_node", self._on_put_node)
+            self._link.register("meta.introduce", self._on_introduce)
             self._link.register("meta.propose", self._on_propose)
             self._link.register("shard.leaders", self._on_leaders_asked)
         self._tasks = [asyncio.create_task(self._follow(), name="membership")]
@@ -193,8 +199,10 @@ class Membership:
                     raise
                 log.warning("cannot write what this node takes part in: %s; trying again", error)
                 view = None
-            if view is not None and (not registered or view.nodes.get(self._node_id) != self._own):
-                registered = await self._register()
+            if view is not None:
+                if not registered or not self._is_known(view):
+                    registered = await self._register(view)
+                await self._ask_for_introductions(view)
             settled = view is not None and registered
             await self._learn_leaders()
             try:
@@ -283,17 +291,21 @@ class Membership:
             log.info("founding the cluster: %s; trying again", error)
 
     async def _ask_voters(self) -> View | None:
+        older: View | None = None
         for voter in self._whom_to_ask():
             if voter == self._node_id or not self._routing.is_connected(voter):
                 continue
             assert self._link is not None
             try:
                 wire = await self._link.call(voter, "meta.view", {}, timeout=_CALL_S)
-                if wire is not None:
-                    return View.from_wire(wire)
+                view = None if wire is None else View.from_wire(wire)
             except UNREADABLE as error:
                 log.debug("no view of the cluster from %s: %r", voter, error)
-        return None
+                continue
+            if view is not None and not view.is_from_older:
+                return view
+            older = older or view
+        return older
 
     def _whom_to_ask(self) -> list[str]:
         """Whom to ask what the cluster is: its voters, as far as known, and then anybody."""
@@ -366,6 +378,7 @@ class Membership:
             if not view.is_newer_than(self.view):
                 return
             self._check_identity(view)
+            self._require(view.needs_level)
             if admit(self._record, view, self._node_id, self._disk):
                 self._changed.set()
             self.view = view
@@ -379,6 +392,22 @@ class Membership:
             save_view(self._disk, view, self._founders)
         for callback in self.on_view:
             callback(view)
+
+    def _state_changed(self) -> None:
+        """The meta group's replica here has applied something."""
+        machine = self._voters.machine
+        if machine is not None:
+            try:
+                # At once: before anything that it decided can be seen elsewhere.
+                self._require(machine.state.needs_level)
+            except OSError as error:
+                log.warning("cannot mark the data directory: %s; trying again", error)
+        self._changed.set()
+
+    def _require(self, level: int) -> None:
+        if level > self._level_required:
+            self.require_level(level)
+            self._level_required = level
 
     def _check_identity(self, view: View) -> None:
         if view.model != self._model:
@@ -405,13 +434,49 @@ class Membership:
 
     # -- registering --------------------------------------------------------------------
 
-    async def _register(self) -> bool:
+    async def _register(self, view: View) -> bool:
         try:
-            await self.propose(put_node(self._node_id, self._own))
+            try:
+                await self.propose(put_node(self._node_id, self._own))
+            except BadRequest:  # an older version leads: it stores what it understands
+                if not self._is_known(view, in_full=False):
+                    body = {"info": self._own.to_wire()}
+                    await self.ask_leader("meta.put_node", body, _CALL_S)
             return True
         except UNREADABLE as error:
             log.debug("registering with the meta group: %s; trying again", error)
             return False
+
+    def _is_known(self, view: View, *, in_full: bool = True) -> bool:
+        """Whether the cluster knows what this node says of itself."""
+        known = view.nodes.get(self._node_id)
+        # An older version tells only what it understands; saying it again would not help.
+        if known is None or (in_full and not view.is_from_older):
+            return known == self._own
+        return (known.peer, known.http, known.version) == (
+            self._own.peer,
+            self._own.http,
+            self._own.version,
+        )
+
+    async def _ask_for_introductions(self, view: View) -> None:
+        """Have the other nodes say again who they are, when an older version kept this replica of
+        the meta group meanwhile: it stored of what they said only what it understood."""
+        machine = self._voters.machine
+        if machine is None or not machine.is_from_older or self._link is None:
+            return
+        for name in sorted(view.nodes):
+            if name in {self._node_id, *self._heard} or not self._routing.is_connected(name):
+                continue
+            try:
+                await self._link.call(name, "meta.introduce", {}, timeout=_CALL_S)
+                self._heard.add(name)
+            except AgentMemError as error:  # one that still runs it registers when it is upgraded
+                log.debug("%s does not introduce itself: %s", name, error)
+
+    async def _on_introduce(self, _peer: str, _body: dict[str, Any]) -> None:
+        """`meta.introduce`: register again, although the cluster at large knows this node."""
+        await self.propose(put_node(self._node_id, self._own))
 
     async def propose(self, command: bytes) -> Outcome:
         """Have the meta group's leader replicate a command, wherever it is. Raises Unavailable."""

@@ -276,6 +276,7 @@ class Node:
             may_found=self._may_found,
             on_fatal=self._fatal,
         )
+        self._membership.require_level = self._require_level
         self._joins = Joins(
             config,
             membership=self._membership,
@@ -357,7 +358,15 @@ class Node:
             tls,
             self.clock,
             cluster_id=cluster.name,
+            level=LEVEL,
         )
+
+    def _require_level(self, level: int) -> None:
+        """An older version must neither run on this data from now on nor be a peer. OSError."""
+        if self._data is not None:
+            self._data.require(level)
+        if self._link is not None:
+            self._link.require_level(level)
 
     async def _open_provider(self) -> EmbeddingProvider | None:
         embedding = self.config.embedding

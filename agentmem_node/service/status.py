@@ -81,6 +81,8 @@ class Status:
                 "http": url if known is None else known.http,
                 "up": self._routing.is_connected(name),
                 "version": None if known is None else known.version,
+                # What it understands; changes of shards wait until all nodes understand them.
+                "level": None if known is None else known.level,
                 "state": state,
                 "zone": "" if known is None else known.zone,
             }

@@ -11,7 +11,7 @@ import msgpack
 from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.failpoints import failpoint
-from agentmem_cluster.meta import MetaState, NodeInfo
+from agentmem_cluster.meta import LEVEL_OF_CHANGES, MetaState, NodeInfo
 from agentmem_cluster.runtime import Disk
 from agentmem_cluster.shardmap import ShardMap
 from agentmem_node.providers.base import ModelIdentity
@@ -37,10 +37,10 @@ class MetaGroup:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """`revision`: how far the meta group's log was read; a higher one is newer.
-
-    `states`: of nodes that are not just active ("draining", "removed"). `operations`: what
-    operators, or the cluster itself, have begun, as the meta group keeps it.
+    """`revision`: how far the meta group's log was read; a higher one is newer. 0: an older version
+    says it, and only what it understands. `states`: of nodes that are not just active ("draining",
+    "removed"). `operations`: what operators, or the cluster itself, have begun, as the meta group
+    keeps it.
     """
 
     cluster_id: str
@@ -86,9 +86,22 @@ class View:
         """Not what is known already, nor what a voter says that has slept or just started."""
         if known is None:
             return True
-        if self.map.version < known.map.version or self.revision < known.revision:
+        if self.map.version < known.map.version:
+            return False
+        if not self.is_from_older and self.revision < known.revision:
             return False
         return self.to_wire() != known.to_wire()
+
+    @property
+    def is_from_older(self) -> bool:
+        return self.revision == 0
+
+    @property
+    def needs_level(self) -> int:
+        """What a node must understand to be part of this cluster."""
+        moved = bool(self.changes) or (self.meta is not None and self.meta.epoch > 1)
+        moved |= any(shard.epoch > 1 for shard in self.map.shards.values())
+        return LEVEL_OF_CHANGES if moved else 1
 
     def to_wire(self) -> dict[str, Any]:
         return {

@@ -20,7 +20,7 @@ from agentmem_cluster.meta import commands as kind_of
 from agentmem_cluster.meta.checkpoint import MetaCheckpoint, MetaCorrupt, read_file
 from agentmem_cluster.meta.commands import FORMAT, Outcome
 from agentmem_cluster.meta.reading import TEXT_CHARS_MAX, exactly, integer, text
-from agentmem_cluster.meta.state import ClusterSettings, MetaState, NodeInfo
+from agentmem_cluster.meta.state import LEVEL, ClusterSettings, MetaState, NodeInfo
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.runtime import Disk
 from agentmem_cluster.shardmap import ShardMap
@@ -49,6 +49,9 @@ class MetaStateMachine:
         self.on_change: list[Callable[[], None]] = []
         self.applied_index = 0
         self.durable_index = 0
+        # The state was kept by an older version meanwhile, and lacks what that did not understand
+        # of commands which this one would have carried out whole.
+        self.is_from_older = False
         self._digest = bytes(16)
         self._kv_bytes = 0
         self._checkpointing = False
@@ -273,6 +276,7 @@ class MetaStateMachine:
         try:
             kept = read_file(data)
             self.state = MetaState.from_wire(kept["state"])
+            self.is_from_older = integer(kept["state"].get("level", 1), "level") < LEVEL
             self._digest = bytes(kept["digest"])
             self.applied_index = self.durable_index = integer(kept["applied_index"], "index")
         except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as wrong:

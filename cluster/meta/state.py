@@ -77,8 +77,18 @@ class MetaState:
         """What all nodes understand: nothing newer may be written where others read it."""
         return min((info.level for info in self.nodes.values()), default=1)
 
+    @property
+    def needs_level(self) -> int:
+        """What a node must understand to follow this state: below it, it would go wrong."""
+        moved = self.epoch.epoch > 1 or bool(self.voters or self.next_voters or self.changes)
+        if self.map is not None:
+            moved |= any(shard.epoch > 1 for shard in self.map.shards.values())
+        return LEVEL_OF_CHANGES if moved else 1
+
     def to_wire(self) -> dict[str, Any]:
         return {
+            # Whose program wrote it: one of a lower level leaves out what it does not understand.
+            "level": LEVEL,
             "settings": None if self.settings is None else self.settings.to_wire(),
             "map": None if self.map is None else self.map.to_wire(),
             "nodes": {name: info.to_wire() for name, info in sorted(self.nodes.items())},

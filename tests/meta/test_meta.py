@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -11,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentmem_chaos.sim.disk import SimDisk
+from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.meta import (
+    LEVEL_OF_CHANGES,
     ClusterSettings,
     MetaCorrupt,
     MetaStateMachine,
     NodeInfo,
+    begin_change,
+    change_voters,
     init_cluster,
     kv_delete,
     kv_put,
@@ -248,3 +253,35 @@ def test_a_node_that_cannot_be_is_a_value_error(wire: Any) -> None:
 def test_fields_of_a_later_version_are_ignored() -> None:
     assert NodeInfo.from_wire({**INFO.to_wire(), "rack": "eu"}) == INFO
     assert ClusterSettings.from_wire({**SETTINGS.to_wire(), "x": 1}) == SETTINGS
+
+
+def test_a_checkpoint_that_an_older_version_wrote_is_known_as_such() -> None:
+    """It lacks what that version did not understand of the commands that it carried out."""
+    disk = SimDisk(random.Random(1))
+    meta = machine(disk)
+    run(meta, init_cluster(SETTINGS, MAP), put_node("n1", INFO))
+    checkpoint(meta)
+    assert not machine(disk).is_from_older
+    older = msgpack.unpackb(meta.image())
+    del older["state"]["level"]
+    again = MetaStateMachine.install(disk, "older", msgpack.packb(older))
+    assert again.is_from_older
+    assert again.state == meta.state
+    run(again, kv_put("a", b"1"))
+    checkpoint(again)
+    assert not MetaStateMachine(disk, "older").is_from_older
+
+
+def test_the_first_change_needs_a_level_that_older_versions_lack() -> None:
+    meta = machine()
+    run(meta, init_cluster(SETTINGS, MAP), put_node("n1", INFO), kv_put("node/n1", b"draining"))
+    assert meta.state.needs_level == 1
+    assert run(meta, change_voters(1, ["n1", "n2", "n4"])) == ["ok"]
+    assert meta.state.needs_level == LEVEL_OF_CHANGES
+    meta = machine()
+    run(meta, init_cluster(SETTINGS, MAP))
+    s00 = MAP.shards["s00"]
+    target = replace(s00, epoch=2, members=("n1", "n2", "n4"), preferred_leader="n1")
+    change = Change("c1", "s00", 1, s00.members, (target,), operation="move-1")
+    assert run(meta, begin_change(change)) == ["ok"]
+    assert meta.state.needs_level == LEVEL_OF_CHANGES

@@ -158,3 +158,38 @@ def test_a_node_with_old_data_does_not_join_a_cluster_that_was_founded_anew(
         fatal.append(error)
     assert isinstance(fatal[0], WrongCluster)
     assert member.view == VIEW
+
+
+def test_what_an_older_voter_says_counts_only_while_no_other_answers(tmp_path: Path) -> None:
+    """It leaves out what it does not understand."""
+    whole = replace(VIEW, revision=7, states={"n2": "draining"})
+    answers = [VIEW, VIEW, VIEW, VIEW, whole]
+    member = follower(tmp_path, lambda: (answers.pop(0) if answers else VIEW).to_wire(), [])
+    follow(member, lambda: member.view == whole)
+
+
+def test_a_node_that_older_voters_know_as_they_can_does_not_register_for_ever(
+    tmp_path: Path,
+) -> None:
+    """Each time would be one more entry of the meta group's log."""
+    asked: list[int] = []
+
+    def answer() -> Any:
+        asked.append(1)
+        return replace(VIEW, nodes={"n4": NodeInfo("", "", "")}).to_wire()
+
+    member = follower(tmp_path, answer, [])
+    member._own = NodeInfo("", "", "", incarnation="disk of n4", level=2)
+    link = cast("Any", member._link)
+    registered: list[str] = []
+    call = link.call
+
+    async def counted(peer: str, method: str, body: Any, *, timeout: float) -> Any:
+        if method in ("meta.propose", "meta.put_node"):
+            registered.append(method)
+            return ["ok", ""]
+        return await call(peer, method, body, timeout=timeout)
+
+    link.call = counted
+    follow(member, lambda: len(asked) > 6)
+    assert registered == ["meta.propose"]
