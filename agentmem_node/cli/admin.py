@@ -64,6 +64,20 @@ class Admin:
     def resume(self, operation_id: str) -> ops.Operation:
         return self._ask("resume", "POST", _path(operation_id) + "/resume", ops.Operation)
 
+    def join_token(self, *, node: str | None = None, ttl_s: int = 600) -> str:
+        """A token that lets one node in. `node`: only that one."""
+        body = {"ttl_s": ttl_s, "uses": 1} | ({} if node is None else {"node": node})
+        made: str = self._connection.run(
+            Call(
+                name="join_token",
+                method="POST",
+                path=f"{API}/cluster/join-tokens",
+                read=lambda answer: answer["token"],
+                body=encode(body),
+            )
+        )
+        return made
+
     def check(self) -> list[ops.Finding]:
         return self._ask("check", "GET", "check", _Checked).findings
 

@@ -1,4 +1,4 @@
-"""`agentmem demo`: a cluster, conversations, a kill, and nothing lost."""
+"""`agentmem demo`: a cluster, conversations, a kill, a partition, growth, and nothing lost."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from agentmem_node.cli.devlayout import DevClusterError
 from agentmem_node.cli.exits import CommandFailed, Exit
 
 
-@click.command(short_help="See it work: three nodes, a kill, nothing lost.")
-@click.option("--nodes", type=click.IntRange(min=3, max=9), default=3, show_default=True)
+@click.command(short_help="See it work: a kill, a partition, growth, nothing lost.")
+@click.option("--nodes", type=click.IntRange(min=3, max=8), default=3, show_default=True)
 @click.option("--play", "only_play", is_flag=True, help="Play the scenes, without a prompt.")
 @click.option("--keep", is_flag=True, help="Keep the data and say where it is.")
 def demo(nodes: int, only_play: bool, keep: bool) -> int:
-    """Start a cluster, load conversations, search, kill a leader: everything is still found.
+    """Start a cluster, load conversations, kill a leader, cut one off, add a node: nothing is lost.
 
-    On a terminal it ends in a prompt (`search tea`, `kill 2`, `help`). Without one, or with
+    On a terminal it ends in a prompt (`search tea`, `kill 2`, `join`, `help`). Without one, or with
     --play, it plays all scenes once; the exit code is 1 when any acknowledged memory is missing.
     It uses free ports and a temporary directory, and removes what it made.
 

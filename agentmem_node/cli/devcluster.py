@@ -28,10 +28,12 @@ from typing import Any
 from agentmem_node.cli.devlayout import (
     HOST,
     DevClusterError,
+    Dialled,
     NodeFiles,
     free_port,
     is_free,
     layout,
+    place_of_newcomer,
     ports_in_use,
     prepare,
 )
@@ -67,8 +69,8 @@ class DevCluster:
     """`nodes` processes with their data below `data`. `port` None: free ones are found.
 
     `settings` are configuration keys for every node, `{"raft.heartbeat_ms": 50}`; `environment`
-    adds variables, `program` is what takes the commands of `agentmem`. Node numbers start at 1.
-    Not for use by several threads.
+    adds variables, `program` is what takes the commands of `agentmem`; `dialled` says where nodes
+    reach each other. Node numbers start at 1. Not for use by several threads.
     """
 
     def __init__(
@@ -81,8 +83,11 @@ class DevCluster:
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = (sys.executable, "-m", "agentmem_node.cli.main"),
+        dialled: Dialled | None = None,
     ) -> None:
         self.data = data
+        self._dialled = dialled
+        self._joined: set[str] = set()
         self.nodes = layout(data, nodes, free_port(nodes) if port is None else port)
         self._name = name
         self._settings = dict(settings or {})
@@ -135,7 +140,7 @@ class DevCluster:
             self._spawn(node)
 
     def _write_files(self) -> None:
-        prepare(self.data, self.nodes, self._name, self._settings)
+        prepare(self.data, self.nodes, self._name, self._settings, self._dialled)
 
     def wait_ready(
         self,
@@ -253,9 +258,53 @@ class DevCluster:
             raise DevClusterError(f"Node {node.id} is running.")
         if not is_free(node.port):
             raise DevClusterError(f"Port {node.port} on {HOST} is in use by something else now.")
-        self._spawn(node, environment)
+        self._spawn(node, environment=environment)
+        if wait_s:
+            self._wait_for(node, wait_s)
+
+    def place_newcomer(self) -> NodeFiles:
+        """Where the node goes that `join` starts next: its id and its ports."""
+        return place_of_newcomer(self.data, self.nodes)
+
+    def join(
+        self,
+        node: NodeFiles,
+        token: str,
+        *,
+        peer: str | None = None,
+        wait_s: float = READY_S_MAX,
+    ) -> None:
+        """Start `agentmem serve --join` at a place of `place_newcomer`, and wait until it is ready.
+
+        `token`: of `agentmem cluster join-token`. `peer`: where the others are to dial it, if that
+        is not where it listens. Raises DevClusterError; the node is then no part of this cluster
+        of processes, and does not run.
+        """
+        node.directory.mkdir(parents=True, exist_ok=True)
+        running = [one.url for one in self.nodes if self.is_running(one.id)]
+        arguments = ["--join", token, "--at", ",".join(running), "--id", node.id]
+        arguments += ["--listen", f"{HOST}:{node.port}", "--peer-listen", node.peer]
+        arguments += [] if peer is None else ["--advertise-peer", peer]
+        self.nodes = (*self.nodes, node)
+        self._joined.add(node.id)
+        try:
+            self._spawn(node, arguments)
+            self._wait_for(node, wait_s)
+        except DevClusterError:
+            self.forget(node.id)
+            raise
+
+    def forget(self, number: int | str) -> None:
+        """Stop a node and leave it out from now on: one that the cluster removed."""
+        node = self.node(number)
+        if self.is_running(node.id):
+            self.terminate(node.id)
+        self._processes.pop(node.id, None)
+        self.nodes = tuple(one for one in self.nodes if one is not node)
+
+    def _wait_for(self, node: NodeFiles, wait_s: float) -> None:
         deadline = time.monotonic() + wait_s
-        while wait_s and not is_ready(node):
+        while not is_ready(node):
             for crash in self.crashes():
                 if crash.node == node.id:
                     raise DevClusterError(str(crash))
@@ -286,14 +335,24 @@ class DevCluster:
             raise DevClusterError(f"Node {node.id} is not running.")
         return process
 
-    def _spawn(self, node: NodeFiles, environment: Mapping[str, str] | None = None) -> None:
+    def _spawn(
+        self,
+        node: NodeFiles,
+        joining: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         if self._pipe is None:
             raise DevClusterError("The cluster is not started.")
         reading_end = self._pipe[0]
         command = [
             *(*self._program(node), "serve"),
-            *("--config", str(node.config), "--parent-pipe", str(reading_end)),
+            *("--parent-pipe", str(reading_end)),
         ]
+        if node.id in self._joined:  # its settings are where joining wrote them
+            command += ["--data", str((node.directory / "data").absolute()), *joining]
+            command += [] if not joining else ["--set", "node.log_format=text"]
+        else:
+            command += ["--config", str(node.config)]
         with node.log.open("ab") as log:
             self._processes[node.id] = subprocess.Popen(
                 command,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,21 @@ def layout(data: Path, nodes: int, port: int) -> tuple[NodeFiles, ...]:
     return tuple(NodeFiles(f"n{i + 1}", data / f"n{i + 1}", port + i) for i in range(nodes))
 
 
+Dialled = Callable[[str, NodeFiles], str]
+"""(a node's id, another node) -> HOST:PORT at which the first dials the second."""
+
+
 def prepare(
-    data: Path, nodes: tuple[NodeFiles, ...], name: str, settings: Mapping[str, Any]
+    data: Path,
+    nodes: tuple[NodeFiles, ...],
+    name: str,
+    settings: Mapping[str, Any],
+    dialled: Dialled | None = None,
 ) -> None:
     """Write all files. `settings`: `{"raft.heartbeat_ms": 50}`, for every node.
 
-    Raises DevClusterError when `data` holds a cluster of another size, OSError.
+    `dialled` None: nodes reach each other where they listen. Raises DevClusterError when `data`
+    holds a cluster of another size, OSError.
     """
     data.mkdir(parents=True, exist_ok=True)
     _check_size(data, len(nodes))
@@ -90,7 +99,13 @@ def prepare(
             **tls.get(node.id, {}),
         }
         if len(nodes) > 1:
-            values["cluster.nodes"] = {n.id: {"peer": n.peer, "http": n.url} for n in nodes}
+            values["cluster.nodes"] = {
+                n.id: {
+                    "peer": n.peer if dialled is None or n is node else dialled(node.id, n),
+                    "http": n.url,
+                }
+                for n in nodes
+            }
         node.config.write_text(to_toml(_HEADING, values))
 
 
@@ -147,6 +162,15 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def place_of_newcomer(data: Path, nodes: tuple[NodeFiles, ...]) -> NodeFiles:
+    """Where the next node of a running cluster goes, under the next id, on free ports."""
+    number = max(int(node.id.removeprefix("n")) for node in nodes) + 1
+    taken = {node.port for node in nodes}
+    while (port := free_port(1)) in taken or port - PEER_PORT_OFFSET in taken:
+        pass
+    return NodeFiles(f"n{number}", data / f"n{number}", port)
 
 
 def free_port(nodes: int) -> int:

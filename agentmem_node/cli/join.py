@@ -101,6 +101,7 @@ class JoinOptions:
     token: str
     at: str | None
     advertise: str | None
+    advertise_peer: str | None = None
 
 
 def joined_config(config: Config) -> Path | None:
@@ -154,7 +155,7 @@ def join_first(options: JoinOptions, config_path: str | None, overrides: Mapping
         newcomer = Newcomer(
             node.id,
             data,
-            peer=_reachable(node.peer_listen, options.advertise, "--peer-listen"),
+            peer=_peer_address(options, node.peer_listen),
             http=f"http://{_reachable(node.listen, options.advertise, '--listen')}",
             zone=node.zone,
             version=Status.VERSION,
@@ -169,6 +170,16 @@ def join_first(options: JoinOptions, config_path: str | None, overrides: Mapping
         raise CommandFailed(str(error)) from error
     click.echo(f"node {node.id} has joined; its settings are in {written}")
     return written
+
+
+def _peer_address(options: JoinOptions, peer_listen: str) -> str:
+    """Where the others dial this node. Raises ConfigError and click.UsageError."""
+    from agentmem_node.config import split_address
+
+    if options.advertise_peer is None:
+        return _reachable(peer_listen, options.advertise, "--peer-listen")
+    split_address(options.advertise_peer, "--advertise-peer")
+    return options.advertise_peer
 
 
 def _reachable(address: str, advertise: str | None, option: str) -> str:

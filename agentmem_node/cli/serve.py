@@ -51,6 +51,11 @@ def overrides_of(assignments: tuple[str, ...]) -> dict[str, Any]:
 )
 @click.option("--at", metavar="URL", help="With --join: a node of the cluster, or several.")
 @click.option("--advertise", metavar="HOST", help="With --join: where others reach this machine.")
+@click.option(
+    "--advertise-peer",
+    metavar="HOST:PORT",
+    help="With --join: where others dial it, when that is not where it listens (NAT, a proxy).",
+)
 @click.option("--parent-pipe", type=int, hidden=True)
 def serve(
     data: str | None,
@@ -63,6 +68,7 @@ def serve(
     join_token: str | None,
     at: str | None,
     advertise: str | None,
+    advertise_peer: str | None,
     parent_pipe: int | None,
 ) -> int:
     """Run a node in the foreground until Ctrl-C or SIGTERM.
@@ -93,7 +99,7 @@ def serve(
     overrides |= {name: value for name, value in given.items() if value is not None}
     try:
         if join_token is not None:
-            options = JoinOptions(join_token, at, advertise)
+            options = JoinOptions(join_token, at, advertise, advertise_peer)
             settings = load(join_first(options, config_path, overrides), overrides=overrides)
         else:
             settings = load(config_path, overrides=overrides)

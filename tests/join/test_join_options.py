@@ -37,6 +37,7 @@ def serve(data: Path, *arguments: str) -> tuple[int, str]:
         (GOOD[:2] + GOOD[4:], "--join needs --id"),
         (GOOD[:4], "--join needs --peer-listen"),
         ((*GOOD[:4], "--peer-listen", "0.0.0.0:9999"), "--advertise HOST"),
+        ((*GOOD, "--advertise-peer", "no-port"), "--advertise-peer"),
         ((*GOOD, "--listen", "10.0.0.4:7700"), "there is no API key"),
     ],
 )
