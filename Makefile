@@ -18,7 +18,7 @@ $(BIN)/.installed: pyproject.toml scripts/setup.sh requirements.lock
 
 setup: $(BIN)/.installed ## make the virtual environment and fetch the embedding model
 
-demo: setup ## three nodes, conversations, a leader killed, everything still found
+demo: setup ## three nodes, a leader killed, one cut off, a fourth joins, everything still found
 	@$(BIN)/agentmem demo
 
 serve: setup ## one node on 127.0.0.1:7700, data in ./data

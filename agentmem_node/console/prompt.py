@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import agentmem_client as client
 from agentmem_node.cli.devlayout import DevClusterError
-from agentmem_node.cli.exits import failure
+from agentmem_node.cli.exits import CommandFailed, failure
 from agentmem_node.cli.status import ask
+from agentmem_node.console import cutting, growing
 from agentmem_node.console.show import Show
 from agentmem_node.console.story import Demo
+from agentmem_node.model import operations as ops
 
 HELP = """\
   search WORDS           find memories: `search tea`, `search spare key`
@@ -19,6 +21,11 @@ HELP = """\
   add WORDS              store a memory of yours; `add @USER WORDS` of somebody
   kill N                 SIGKILL to node N: `kill 2`
   restart N              start it again on its data
+  cut N                  cut the links of node N; its process goes on: `cut 2`
+  heal N                 join them again
+  join                   one more node, with its share of the shards
+  move SHARD N           give node N a replica: `move s03 4`
+  drain N                take every shard off node N: `drain 4`
   status                 nodes and shards
   verify                 look for every memory that was acknowledged
   people                 who is in the sample conversations
@@ -54,6 +61,11 @@ class Prompt:
             "add": self._add,
             "kill": self._kill,
             "restart": self._restart,
+            "cut": self._cut,
+            "heal": self._heal,
+            "join": self._join,
+            "move": self._move,
+            "drain": self._drain,
             "status": self._status,
             "verify": self._verify,
             "people": lambda _rest: show.say(PEOPLE),
@@ -91,6 +103,8 @@ class Prompt:
             self._show.bad(f"{error.message} `status` shows which nodes run, `restart N` one.")
         except client.AgentMemError as error:
             self._show.bad(failure(error).message)
+        except CommandFailed as error:
+            self._show.bad(error.message)
         except DevClusterError as error:
             self._show.bad(str(error))
         return True
@@ -144,20 +158,72 @@ class Prompt:
         else:
             self._show.good(f"{node} is back and has caught up, {took_s:.1f} s")
 
-    def _without_majority(self) -> str:
+    def _cut(self, rest: str) -> None:
+        node = self._number(rest)
+        if node is None:
+            return
+        if node in self._demo.wires.cut_nodes:
+            self._show.bad(f"{node} is cut off already: `heal {node.removeprefix('n')}`")
+        elif 2 * len(self._demo.wires.cut_nodes | {node}) >= len(self._demo.cluster.nodes):
+            cutting.cut(self._demo, node)
+            self._show.good(f"{node} is cut off. {self._without_majority()}")
+        else:
+            self._show.partition(cutting.cut_while_writing(self._demo, node))
+
+    def _heal(self, rest: str) -> None:
+        node = self._number(rest)
+        if node is None:
+            return
+        if node not in self._demo.wires.cut_nodes:
+            self._show.bad(f"{node} is not cut off")
+            return
+        self._show.healed(node, cutting.heal(self._demo, node))
+
+    def _running(self) -> list[str]:
         cluster = self._demo.cluster
-        down = next(node.id for node in cluster.nodes if not cluster.is_running(node.id))
+        running = [node.url for node in cluster.nodes if cluster.is_running(node.id)]
+        if not running:
+            self._show.bad("No node runs. `restart 1`")
+        return running
+
+    def _join(self, _rest: str) -> None:
+        if not self._running():
+            return
+        node, took_s = growing.join(self._demo)
+        self._show.joined(self._demo.cluster.node(node), self._demo.cluster.pid(node), took_s)
+        self._change(f"{node} has its share", ops.OperationWish(kind="rebalance"))
+
+    def _move(self, rest: str) -> None:
+        words = rest.split()
+        if len(words) != 2:
+            self._show.bad("Move which shard where? `move s03 4`")
+            return
+        node = self._demo.cluster.node(words[1]).id
+        wish = ops.OperationWish(kind="move", shard=words[0], node=node)
+        self._change(f"{node} has {words[0]}", wish)
+
+    def _drain(self, rest: str) -> None:
+        node = self._number(rest)
+        if node is not None:
+            wish = ops.OperationWish(kind="drain", node=node)
+            self._change(f"{node} has no shard any more", wish)
+
+    def _change(self, what: str, wish: ops.OperationWish) -> None:
+        if self._running():
+            self._show.changed(what, growing.change(self._demo, wish, self._show.moved))
+
+    def _without_majority(self) -> str:
+        cluster, cut = self._demo.cluster, self._demo.wires.cut_nodes
+        down = [node.id for node in cluster.nodes if not cluster.is_running(node.id)]
+        back = f"restart {down[0]}" if down else f"heal {min(cut)}"
         return (
             "without a majority, writes and reads are refused: "
-            f"`restart {down.removeprefix('n')}` brings one back"
+            f"`{back.replace(' n', ' ')}` brings one back"
         )
 
     def _status(self, _rest: str) -> None:
-        running = [n.url for n in self._demo.cluster.nodes if self._demo.cluster.is_running(n.id)]
-        if not running:
-            self._show.bad("No node runs. `restart 1`")
-            return
-        self._show.status(ask(running))
+        if running := self._running():
+            self._show.status(ask(running))
 
     def _verify(self, _rest: str) -> None:
         with self._show.bar(

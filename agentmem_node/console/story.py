@@ -7,7 +7,6 @@ can say at any time which of them are missing.
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from agentmem_client import (
-    AgentMemError,
     Client,
     Memory,
     NoQuorum,
@@ -24,6 +22,8 @@ from agentmem_client import (
     SearchResult,
 )
 from agentmem_node.cli.devcluster import DevCluster
+from agentmem_node.console.wires import Wires
+from agentmem_node.console.writer import WRITE_DEADLINE_S, Writer
 from agentmem_node.samples import Question, conversations, questions
 
 BATCH = 60
@@ -31,9 +31,7 @@ BATCH = 60
 FOUND_WITHIN = 10
 _VERIFY_TRIES = 3
 _VERIFY_AT_ONCE = 8
-_WRITE_DEADLINE_S = 10.0
 _DURING_S_MIN = 2.0
-_DURING_WRITES_MAX = 400
 _CATCH_UP_S_MAX = 30.0
 _LEADER_S_MAX = 10.0
 # Every one must be alike in kind and unlike in a word, as log entries are.
@@ -82,7 +80,11 @@ class Demo:
     """Not for use by several threads, except where it says so."""
 
     def __init__(self, data: Path, nodes: int = 3) -> None:
-        self.cluster = DevCluster(data, nodes=nodes)
+        self.wires = Wires(self._pids)
+        # Each reaches the others through a relay of this process, so that it can be cut off.
+        self.cluster = DevCluster(
+            data, nodes=nodes, dialled=lambda a, b: self.wires.address(a, b.id, b.peer)
+        )
         self.acknowledged: Acknowledged = {}
         self.started_at = 0.0
         self._client: Client | None = None
@@ -110,6 +112,11 @@ class Demo:
             self._client.close()
             self._client = None
         self.cluster.stop()
+        self.wires.close()
+
+    def _pids(self) -> dict[str, int]:
+        cluster = self.cluster
+        return {n.id: cluster.pid(n.id) for n in cluster.nodes if cluster.is_running(n.id)}
 
     # -- scenes -----------------------------------------------------------------------------
 
@@ -154,50 +161,33 @@ class Demo:
     def kill_while_writing(self, node: str, search: str) -> Outage:
         """SIGKILL to `node` while memories are written one after the other; they go on after it."""
         outage = Outage(node)
-        killed_at = 0.0
-        begun, enough = threading.Event(), threading.Event()
-
-        def write() -> None:
-            for note in self._note_texts():
-                if enough.is_set():
-                    return
-                try:
-                    added = self.client.add(note, user_id=NOTES_USER, deadline_s=_WRITE_DEADLINE_S)
-                except AgentMemError as error:
-                    outage.refused.append(error.message)
-                    continue
-                outage.acknowledged += 1
-                for memory in added.memories:
-                    self.remember(memory)
-                begun.set()
-                if killed_at and outage.first_write_s is None:
-                    outage.first_write_s = time.monotonic() - killed_at
-
-        writer = threading.Thread(target=write, name="demo-writer")
-        writer.start()
-        try:
-            begun.wait(_WRITE_DEADLINE_S)
+        with self.writing() as writer:
             self.cluster.kill(node)
-            killed_at = time.monotonic()
+            killed_at = writer.mark()
             self.client.search(search, user_id=NOTES_USER)
             outage.first_search_s = time.monotonic() - killed_at
-            deadline = killed_at + _WRITE_DEADLINE_S
-            while outage.first_write_s is None and time.monotonic() < deadline:
-                time.sleep(0.02)
+            outage.first_write_s = writer.wait_for_write_after_mark(WRITE_DEADLINE_S)
             time.sleep(max(0.0, killed_at + _DURING_S_MIN - time.monotonic()))
-        finally:
-            enough.set()
-            writer.join(_WRITE_DEADLINE_S + 5.0)
+        outage.acknowledged, outage.refused = writer.acknowledged, writer.refused
         return outage
 
-    def _note_texts(self) -> Iterator[str]:
-        for number in itertools.islice(self._notes, _DURING_WRITES_MAX):
-            yield _NOTE.format(number=number, shelf=number % 7 + 1)
+    def writing(self) -> Writer:
+        """Writes notes of one person while its `with` block runs; all are remembered."""
+
+        def write() -> list[Memory]:
+            number = next(self._notes)
+            note = _NOTE.format(number=number, shelf=number % 7 + 1)
+            added = self.client.add(note, user_id=NOTES_USER, deadline_s=WRITE_DEADLINE_S)
+            return list(added.memories)
+
+        return Writer(write, self.remember)
 
     @property
     def has_majority(self) -> bool:
-        running = [node for node in self.cluster.nodes if self.cluster.is_running(node.id)]
-        return 2 * len(running) > len(self.cluster.nodes)
+        """Whether most nodes run and reach each other."""
+        cut = self.wires.cut_nodes
+        well = [n for n in self.cluster.nodes if self.cluster.is_running(n.id) and n.id not in cut]
+        return 2 * len(well) > len(self.cluster.nodes)
 
     def restart(self, node: str) -> float | None:
         """Start a killed node; returns the seconds until it was ready and had caught up.

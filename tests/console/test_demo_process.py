@@ -23,7 +23,7 @@ from agentmem_node.samples import conversations, questions
 pytestmark = [pytest.mark.process, pytest.mark.model]
 
 AGENTMEM = [sys.executable, "-m", "agentmem_node.cli.main"]
-DEMO_S_MAX = 90
+DEMO_S_MAX = 120
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
@@ -60,6 +60,15 @@ def test_without_a_terminal_all_scenes_are_played_and_nothing_is_missing(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "with SIGKILL" in done.stdout
     assert "a write was acknowledged" in done.stdout
+    for what in ("a write", "a linearizable read"):
+        (waited_s,) = re.findall(rf"refuses {what} within ([\d.]+) s", done.stdout)
+        assert float(waited_s) <= 2.0
+    assert "the others acknowledged a write" in done.stdout
+    assert "all replicas of every shard have the same digest" in done.stdout
+    assert "n4 joined with a token" in done.stdout
+    assert re.search(r"s\d\d  n1 n2 n3 -> n\d n\d n4 ", done.stdout)
+    assert "the cluster has forgotten n4" in done.stdout
+    assert len(pids_in(done.stdout)) == 4
     loaded = len(conversations())
     (verified,) = re.findall(r"all (\d+) acknowledged memories are there", done.stdout)
     assert int(verified) > loaded  # those written around the kill are among them
@@ -135,10 +144,19 @@ def test_on_a_terminal_it_ends_in_a_prompt_that_survives_a_kill(
     assert "down" in terminal.wait_for("agentmem> ", 20)
     terminal.type("restart 2")
     assert "n2 is back" in terminal.wait_for("agentmem> ", 60)
+    terminal.type("cut 2")
+    assert "refuses a write" in terminal.wait_for("agentmem> ", 30)
+    terminal.type("heal 2")
+    assert "same digest" in terminal.wait_for("agentmem> ", 40)
+    terminal.type("join")
+    joined = terminal.wait_for("agentmem> ", 90)
+    assert "n4 has its share" in joined
+    terminal.type("drain 4")
+    assert "n4 has no shard any more" in terminal.wait_for("agentmem> ", 90)
     terminal.type("quit")
     assert terminal.exit_code() == 0
     assert list(tmp_path.glob("agentmem*")) == []
-    assert all(is_gone(pid) for pid in pids_in(started))
+    assert all(is_gone(pid) for pid in pids_in(started + joined))
 
 
 def test_ctrl_c_at_the_prompt_stops_everything(terminal: Terminal, tmp_path: Path) -> None:

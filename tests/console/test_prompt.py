@@ -59,6 +59,14 @@ def test_a_typing_error_is_answered_with_the_nearest_command(
         ("restart x", "There is no node x"),
         ("restart 2", "not started"),
         ("status", "No node runs"),
+        ("cut", "Which node? 1, 2, 3"),
+        ("cut 2", "is not running"),
+        ("heal 2", "n2 is not cut off"),
+        ("join", "No node runs"),
+        ("move s03 2", "No node runs"),
+        ("move s03", "Move which shard where?"),
+        ("move s03 7", "There is no node 7"),
+        ("drain", "Which node? 1, 2, 3"),
     ],
 )
 def test_what_cannot_be_done_is_said(
