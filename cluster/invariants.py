@@ -284,8 +284,11 @@ def _loads(view: _View, replication: int) -> Finding:
         load = len(view.map.shards_of_node(node))
         if not least <= load <= most:
             faults.append(f"{node} has {load} replicas, and {least} to {most} are its part")
-    advice = [f"{faults[0]}: rebalance", *faults[1:]] if faults else []
-    return _finding("load", advice, "every node has its part of the replicas")
+    if not faults:
+        return Finding("load", True, "every node has its part of the replicas.")
+    # Advice: a cluster that has just grown, or a shard that was split, is uneven and well.
+    advice = _finding("load", [f"{faults[0]}: rebalance", *faults[1:]], "").message
+    return Finding("load", True, f"Uneven: {advice}")
 
 
 def _meta_group(view: _View, voters: Sequence[str]) -> Finding:
