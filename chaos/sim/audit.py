@@ -160,6 +160,9 @@ class Auditor:
 
     def _log(self, machine: Machine, group: GroupSpec) -> GroupLog | None:
         self.audits += 1
+        own = machine.groups.get(group.id)
+        if own is not None and own.epoch == group.epoch:
+            group = own  # a member that came late has a log that begins later
         version, recovered = self._recovered.get(machine.name, (-1, None))
         if recovered is not None and version == machine.disk.durable_version:
             return _log_of(recovered, group)  # nothing was synced since

@@ -124,10 +124,9 @@ class MovingNode(SimNode):
 
     def lose_disk(self, why: str) -> None:
         """The machine comes back with an empty disk, and remembers nothing."""
-        for group, spec in self.groups.items():
-            self._lost.add((group, spec.epoch))
-        for served in self._served.values():
-            self._lost.add((served.info.id, served.info.epoch))
+        for folder, group in self._shard_of.items():
+            epoch = 1 if group == GROUP_META else int(folder.rpartition("-e")[2])
+            self._lost.add((group, epoch))
         self._die(why, silent=True)
         self.lives += 1
         full, boot = self.disk.full, self.disk.boot

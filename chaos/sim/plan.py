@@ -202,6 +202,9 @@ class WorldPlan:
         slowness = self.slowness + (1.0,) * (len(names) - len(self.nodes))
         return replace(
             self,
+            # A lost disk and a replica that no log can bring up to date are two failures at once,
+            # which a shard of three does not outlive: here logs go back far enough.
+            tail_bytes=max(self.tail_bytes, 1 << 20),
             moves=True,
             nodes=names,
             slowness=slowness,
