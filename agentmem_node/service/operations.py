@@ -283,7 +283,9 @@ class Operations:
 
     def _warnings(self, wish: ops.OperationWish, view: View) -> list[str]:
         warnings = []
-        down = sorted({*view.map.nodes()} - self._up(view))
+        # Those without a shard too: one that has just joined is left out of the plan silently.
+        there = {name for name in view.nodes if view.states.get(name) != REMOVED}
+        down = sorted({*view.map.nodes(), *there} - self._up(view))
         if down:
             warnings.append(f"Not connected: {', '.join(down)}.")
         if view.changes:
