@@ -33,6 +33,8 @@ _BATCH = 250
 _BATCHES_AT_ONCE = 4
 _RESEED_S_MAX = 300.0
 _POLL_S = 0.1
+# Empty replicas weigh less.
+_BEGUN_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
@@ -41,7 +43,7 @@ class Reseed:
 
     ready_s: float  # until it answered that it is ready
     served_s: float  # until it had a replica of the big shard that had applied everything
-    shard_bytes: int  # that its replica of the shard weighs then
+    copied_bytes: int  # that its replicas weigh then, the journal left out
     copy_s: float  # from the first byte of any shard's replica to `served_s`
 
 
@@ -98,14 +100,14 @@ async def reseed(cluster: DevCluster, node: NodeFiles) -> Reseed:
     async with asyncio.timeout(_RESEED_S_MAX):
         while not (ready_s and served_s):
             now_s = time.perf_counter() - begun
-            if not first_s and _bytes_below(data) > 1 << 20:
+            if not first_s and _bytes_below(data / "shards") > _BEGUN_BYTES:
                 first_s = now_s
             if not ready_s and await asyncio.to_thread(is_ready, node):
                 ready_s = now_s
             if not served_s and await asyncio.to_thread(_holds_all, cluster, node):
                 served_s = now_s
             await asyncio.sleep(_POLL_S)
-    whole = _bytes_below(data)
+    whole = _bytes_below(data / "shards")
     return Reseed(ready_s, served_s, whole, max(_POLL_S, served_s - first_s))
 
 
@@ -164,6 +166,8 @@ async def measure(cluster: DevCluster, memories: int, progress: Callable[[str], 
             )
             progress(f"{victim.id} loses its disk")
             again = await reseed(cluster, victim)
+            progress("the rest is spread evenly")
+            moves = await operate(cluster, load, ops.OperationWish(kind="rebalance"))
         lost = await load.lost()
         broken = await broken_invariants(cluster)
     failed = [*failures(load.samples), *load.probe_errors]
@@ -171,7 +175,8 @@ async def measure(cluster: DevCluster, memories: int, progress: Callable[[str], 
         Row(f"{memories:,} memories with vectors put into one shard", rate, "1/s"),
         *_move_rows(move, memories),
         *_reseed_rows(again),
-        Row("... requests meanwhile", len(load.samples) + len(load.probes), ""),
+        Row("shards moved afterwards, to be even again", len(moves), ""),
+        Row("... requests in all this time", len(load.samples) + len(load.probes), ""),
         Row("... failed", len(failed), "", 0, True, {"errors": failed[:20]}),
         Row("... p99", quantile(load.samples, 0.99), "s"),
         Row("... slowest", quantile(load.samples, 1.0), "s"),
@@ -191,7 +196,7 @@ def _move_rows(move: Move, memories: int) -> list[Row]:
 
 
 def _reseed_rows(again: Reseed) -> list[Row]:
-    megabytes = again.shard_bytes / 1e6
+    megabytes = again.copied_bytes / 1e6
     return [
         Row("a node with an empty disk: start to ready", again.ready_s, "s"),
         Row("... start to a whole replica of that shard", again.served_s, "s"),

@@ -118,7 +118,7 @@ def growth_rows(growth: Growth, nodes: str) -> list[Row]:
             "s",
             target=PAUSE_S_P99,
             lower_is_better=True,
-            detail={move.shard: round(move.pause_s, 3) for move in moves},
+            detail={"all": [(move.shard, round(move.pause_s, 3)) for move in moves]},
         ),
         Row("... median", share_of([move.pause_s for move in moves], 0.5), "s"),
         Row("... acknowledged memories lost", len(growth.lost), "", 0, lower_is_better=True),

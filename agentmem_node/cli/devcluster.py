@@ -13,7 +13,6 @@ id of its own process, never by name.
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import subprocess
@@ -37,12 +36,14 @@ from agentmem_node.cli.devlayout import (
     ports_in_use,
     prepare,
 )
+from agentmem_node.cli.devprobe import is_ready, log_tail, peers_up
+
+__all__ = ["Crash", "DevCluster", "is_ready"]
 
 READY_S_MAX = 60.0
 STOP_S_MAX = 10.0
+_LINKS_S_MAX = 15.0
 _POLL_S = 0.02
-_LOG_TAIL_BYTES = 2_000
-_PROBE_S = 1.0
 
 # What a node reads from its node.toml must not be overruled by what happens to be set outside.
 _OWN_VARIABLES = ("AGENTMEM_NODE_", "AGENTMEM_CLUSTER_", "AGENTMEM_CONFIG")
@@ -274,7 +275,7 @@ class DevCluster:
         peer: str | None = None,
         wait_s: float = READY_S_MAX,
     ) -> None:
-        """Start `agentmem serve --join` at a place of `place_newcomer`, and wait until it is ready.
+        """Start `agentmem serve --join` at a place of `place_newcomer`; it is ready and connected.
 
         `token`: of `agentmem cluster join-token`. `peer`: where the others are to dial it, if that
         is not where it listens. Raises DevClusterError; the node is then no part of this cluster
@@ -290,9 +291,22 @@ class DevCluster:
         try:
             self._spawn(node, arguments)
             self._wait_for(node, wait_s)
+            self._wait_for_links(node)
         except DevClusterError:
             self.forget(node.id)
             raise
+
+    def _wait_for_links(self, node: NodeFiles) -> None:
+        """Until the others can give it shards: whoever plans leaves out whom it does not reach."""
+        deadline = time.monotonic() + _LINKS_S_MAX
+        others = {n.id for n in self.nodes if n is not node and self.is_running(n.id)}
+        while missing := sorted(others - peers_up(node)):
+            if time.monotonic() >= deadline:
+                raise DevClusterError(
+                    f"Node {node.id} is not connected to {', '.join(missing)} within "
+                    f"{_LINKS_S_MAX:g} s. The end of its log:\n{log_tail(node)}"
+                )
+            time.sleep(_POLL_S)
 
     def forget(self, number: int | str) -> None:
         """Stop a node and leave it out from now on: one that the cluster removed."""
@@ -372,27 +386,3 @@ class DevCluster:
     def _environment_of(self, node: NodeFiles) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_VARIABLES)}
         return {**kept, **self._environment}
-
-
-def is_ready(node: NodeFiles) -> bool:
-    """Whether the node answers that it is ready."""
-    connection = http.client.HTTPConnection(HOST, node.port, timeout=_PROBE_S)
-    try:
-        connection.request("GET", "/health/ready")
-        answer = connection.getresponse()
-        answer.read()
-        return answer.status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def log_tail(node: NodeFiles) -> str:
-    """The last lines that the node printed."""
-    try:
-        with node.log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-            return log.read().decode(errors="replace").strip()
-    except OSError:
-        return ""
