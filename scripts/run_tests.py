@@ -25,10 +25,13 @@ STAGES: list[tuple[str, int, list[str]]] = [
             "not process and not model",
             "--ignore=tests/sim",
             "--ignore=tests/defects",
+            "--ignore=tests/epochs",
             # They share nothing: two at a time halve the wait on the smallest machine there is.
             *("-n", "2"),
         ],
     ),
+    # Whole nodes, several in one process: one such test at a time, for they have deadlines.
+    ("clusters", 300, ["tests/epochs", "-m", "not process and not model"]),
     ("defects", 240, ["tests/defects"]),
     ("simulator", 600, ["tests/sim"]),
     ("model", 240, ["tests", "-m", "model and not process"]),

@@ -538,6 +538,11 @@ class Membership:
         return self._meta is not None and self._meta.is_leader and self.view is not None
 
     @property
+    def is_admitted(self) -> bool:
+        """Whether the cluster knows this node's disk: before it takes part in no shard."""
+        return self._record.is_admitted
+
+    @property
     def lost(self) -> frozenset[str]:
         """Nodes that stayed away longer than `cluster.lost_after_ms`, as the meta leader counts."""
         return self._voters.lost

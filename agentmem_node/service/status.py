@@ -126,8 +126,11 @@ class Status:
     def ready(self) -> tuple[bool, dict[str, Any]]:
         """Ready: the map is known, and every local group has a leader and has caught up."""
         reasons: dict[str, Any] = {}
+        is_member = self._membership.view is not None and self._membership.is_admitted
         if self._membership.view is None:
             reasons["shard_map"] = "not known yet"
+        elif not is_member:
+            reasons["admission"] = "the cluster does not know this node yet"
         leaderless, behind, lost = [], [], []
         for group_id, group in self._host.groups.items():
             status = group.status()
@@ -145,7 +148,7 @@ class Status:
             reasons["replica_needs_reseed"] = lost
         if self.disk_is_full:
             reasons["disk"] = "almost full: writes are refused, reads are served"
-        return not (leaderless or behind or self._membership.view is None), reasons
+        return is_member and not (leaderless or behind), reasons
 
     # -- metrics --------------------------------------------------------------------------
 

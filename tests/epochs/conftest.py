@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.link.ca import create_ca, issue
 from agentmem_cluster.meta import LEVEL, NodeInfo, put_node
 from agentmem_cluster.realtime import RealDisk, RealRng
@@ -120,14 +122,29 @@ class Cluster:
 
     async def add(self, user: str, text: str, *, through: Node | None = None) -> str:
         node = through or self.any_node()
-        answer = await node.add(self.caller(node), [rq.AddRequest(content=text, user_id=user)])
+        request_id = os.urandom(16)
+        items = [rq.AddRequest(content=text, user_id=user)]
+        answer = await self._as_a_client(lambda: node.add(self.caller(node, request_id), items))
         memory_id = answer.results[0].id
         assert memory_id is not None, answer
         return str(memory_id)
 
     async def read(self, memory_id: str, *, through: Node | None = None) -> Any:
         node = through or self.any_node()
-        return await node.get(self.caller(node), memory_id, "linearizable", None)
+        return await self._as_a_client(
+            lambda: node.get(self.caller(node), memory_id, "linearizable", None)
+        )
+
+    async def _as_a_client(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """Again, while the answer is that it may work in a moment: this machine may be busy."""
+        deadline = asyncio.get_running_loop().time() + WAIT_S
+        while True:
+            try:
+                return await attempt()
+            except AgentMemError as error:
+                if not error.retryable or asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
 
 
 def run(scenario: Callable[[], Any], seconds: float = 60.0) -> None:

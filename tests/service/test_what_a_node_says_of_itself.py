@@ -38,7 +38,9 @@ def status_of(tenants: list[str], needs_reseed: bool = False) -> Status:
     routing = SimpleNamespace(
         local={"s00": local}, leader_of=lambda _: "a", is_connected=lambda _: True
     )
-    membership = SimpleNamespace(require_view=lambda: view, meta_status=lambda: None, view=view)
+    membership = SimpleNamespace(
+        require_view=lambda: view, meta_status=lambda: None, view=view, is_admitted=True
+    )
     host = SimpleNamespace(groups={"s00": local.group})
     parts: list[Any] = [config, routing, membership, host, None, None]
     return Status(*parts)
