@@ -120,9 +120,9 @@ class MixedCluster(DevCluster):
             json.dumps(self._settings),
         )
 
-    def _program(self, node: NodeFiles) -> list[str]:
+    def _program_of(self, node: NodeFiles) -> list[str]:
         if node.id not in self.old:
-            return super()._program(node)
+            return super()._program_of(node)
         return [*self._release.python, "-m", "agentmem_node.cli.main"]
 
     def _environment_of(self, node: NodeFiles) -> dict[str, str]:
