@@ -26,7 +26,7 @@ SETTINGS = {
     # So that what a version has read it has also written: the next would read it from the journal.
     "storage.checkpoint_ms": 500,
 }
-RATE_PER_S = 40.0
+RATE_PER_S = 80.0
 READERS = 8
 # The previous release is older than nodes that say what they understand: that counts as 1.
 LEVEL_OF_RELEASE = 1
