@@ -192,3 +192,24 @@ def test_a_member_that_cannot_serve_the_next_epoch_is_not_waited_for_for_ever() 
     assert step(conductor, [*serving, copying], patience_s + 1.0, founded) == []
     # ... but this one lost its disk, and no copy helps it into an epoch in which it has voted.
     assert step(conductor, [*serving, Report("n4")], patience_s + 1.0, founded) == [Finish()]
+
+
+def test_a_member_that_lost_its_replica_before_a_move_counts_with_the_copy_it_made() -> None:
+    """The move was wished before anybody noticed the loss, so the change does not name it."""
+
+    def lost(state: Staging, *, seal: bool = False) -> Report:
+        staged = StagedReplica(state, 100, 100, SEAL if seal else None)
+        return Report("n2", None, {"s00": staged})
+
+    conductor = Conductor(MOVE, 0.0)
+    others = [old("n1", leads=True), old("n3")]
+    moved = copy(Staging.FOLLOWING)
+    assert step(conductor, [*others, Report("n2"), moved], 0.0) == [Stage("n2", "s00", "n3")]
+    assert step(conductor, [*others, lost(Staging.COPYING), moved], 0.1) == []
+    assert step(conductor, [*others, lost(Staging.FOLLOWING), moved], 0.2) == [SealOld("n1")]
+    sealed = [old("n1", leads=True, seal=True), old("n3", seal=True)]
+    # n3 alone has the final state: n2 and n4 are yet to have it.
+    behind = [*sealed, lost(Staging.FOLLOWING), copy(Staging.FOLLOWING)]
+    assert step(conductor, behind, 0.3) == []
+    done = [*sealed, lost(Staging.COMPLETE, seal=True), copy(Staging.COMPLETE, seal=True)]
+    assert step(conductor, done, 0.4) == [Found(Base(*SEAL))]
