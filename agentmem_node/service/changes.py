@@ -141,7 +141,8 @@ class Changes:
     async def _carry_out(self, change: Change, step: do.Instruction) -> None:
         match step:
             case do.Stage(node, shard, source):
-                body = {"change": change.to_wire(), "shard": shard, "source": source}
+                body: dict[str, Any] = {"change": change.to_wire(), "shard": shard}
+                body |= {"source": source, "view": self._membership.view_wire()}
                 failpoint("changes.before_stage")
                 await self._call(node, "replica.stage", body)
                 failpoint("changes.after_stage")

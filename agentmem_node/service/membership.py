@@ -385,7 +385,7 @@ class Membership:
             if self._link is not None:
                 self._link.set_peers(self._peers_of(view))
             # Shards before the map that routes to them.
-            self._replicas.learn(view.map, view.changes)
+            self._replicas.learn(view.map, view.changes, view.revision)
             self._routing.map = view.map
             self._routing.roots = view.roots or len(view.map.shards)
             self._view_ready.set()

@@ -119,8 +119,26 @@ class Replicas:
         if self._link is not None:
             for method, handler in self._handlers.items():
                 self._link.register(method, handler)
+        self._reopen_copies()
         self._tidy_up()
-        self._tasks.append(asyncio.create_task(self._drive(), name="replicas"))
+        driving = asyncio.create_task(self._drive(), name="replicas")
+        driving.add_done_callback(self._ended)
+        self._tasks.append(driving)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A node that no longer settles its replicas must not go on as if it did."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._on_fatal(error)
+
+    def _reopen_copies(self) -> None:
+        for shard in list(self._record.ready):
+            try:
+                self.set.reopen(shard)
+            except StorageDamaged as error:
+                log.error("the copy of %s here is of no use: %s", shard, error)
+                with self._record.kept(self._disk):
+                    del self._record.ready[shard]
 
     async def stop(self) -> None:
         tasks = [*self._tasks, *self._copies.values(), *self._begins.values()]
@@ -138,10 +156,10 @@ class Replicas:
         for _, shard, _ in self._lingering:
             shard.abandon()
 
-    def learn(self, shard_map: ShardMap, changes: dict[str, Change]) -> None:
+    def learn(self, shard_map: ShardMap, changes: dict[str, Change], revision: int = 0) -> None:
         """Take part in what can be taken part in now; what this disk refuses is tried again."""
         try:
-            self._put_aside_what_fails(lambda: self.set.learn(shard_map, changes))
+            self._put_aside_what_fails(lambda: self.set.learn(shard_map, changes, revision))
         except OSError as error:
             # The view is adopted all the same: it says where everything else is.
             log.warning("cannot change what this node holds: %s; trying again", error)
@@ -217,7 +235,19 @@ class Replicas:
                 self._retry_s[info.id] = now_s + _RETRY_S
                 source = self._serving_member(info)
                 if source is not None:
+                    failed = self.set.staged.get(info.id)
+                    if failed is not None and failed.machine is not None:
+                        self._put_aside(failed, self._folder / failed.folder)
                     self._start_copy(self.set.begin_copy(info, "", info.epoch), info.id, source)
+        for staged in self.set.staged.values():
+            machine = staged.machine
+            if (
+                staged.state is Staging.COMPLETE
+                and machine is not None
+                and machine.durable_index < machine.inner.applied_index  # rebased after a start
+                and staged.info.id not in self._copies
+            ):
+                self._start(staged, self._make_usable(staged, machine))
         if self.set.map is not None:
             for staged in self.set.drop_copies(list(self.set.staged.values())):
                 self._drop(staged)
@@ -352,6 +382,8 @@ class Replicas:
     async def _on_stage(self, _peer: str, body: dict[str, Any]) -> None:
         """`replica.stage`: begin to copy, or go on with another source."""
         change = Change.from_wire(body["change"])
+        # Or a view from before the change would say that nobody asks for the copy.
+        await self.learn_view(body.get("view"))
         target = change.target_of(body["shard"])
         if target is None or self._node_id not in target.members:
             raise BadRequest(f"Node {self._node_id} is not to have {body['shard']}.")
@@ -428,7 +460,8 @@ class Replicas:
                 state = self._open_shard(staged.info.id, folder)
                 staged.machine = EpochMachine(state, staged.follows)
             machine = staged.machine
-            staged.state = Staging.COMPLETE
+            await self._make_durable(machine)
+            await self._complete(staged)
             while self.set.staged.get(staged.info.id) is staged:
                 await self._make_durable(machine)
                 self.settle()
@@ -483,8 +516,8 @@ class Replicas:
                 if self._is_part(staged):
                     await self._restrict(staged, machine)
                 await self._make_durable(machine)
+                await self._complete(staged)
                 failpoint("copying.after_complete")
-                staged.state = Staging.COMPLETE
                 self.poke()  # not settled here: that the record cannot be written fails no copy
                 return
             if applied - machine.inner.applied_index > 0 and entries:
@@ -497,6 +530,24 @@ class Replicas:
                 await self._make_durable(machine)  # so that little is left after the seal
                 durable_s = self._clock.monotonic() + _DURABLE_EVERY_S
             await asyncio.sleep(_TAIL_POLL_S)
+
+    async def _make_usable(self, staged: Staged, machine: EpochMachine) -> None:
+        try:
+            await self._make_durable(machine)
+        except OSError as error:
+            log.warning("cannot make the copy of %s durable: %s", staged.info.id, error)
+            await asyncio.sleep(_RETRY_S)
+        self.poke()
+
+    async def _complete(self, staged: Staged) -> None:
+        """What only the record refuses is tried again: the copy is as good as before."""
+        while self.set.staged.get(staged.info.id) is staged:
+            try:
+                self.set.complete(staged)
+                return
+            except OSError as error:
+                log.warning("cannot note that %s is copied: %s", staged.info.id, error)
+            await asyncio.sleep(_RETRY_S)
 
     def _is_part(self, staged: Staged) -> bool:
         return any(

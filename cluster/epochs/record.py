@@ -7,6 +7,8 @@ file is written, and synced, *before* a replica takes part in an epoch or leaves
   has lost its disk, and takes no part in any epoch in which its old self may have voted.
 - `held`: the epoch of each shard in which this node takes part.
 - `closed`: the last epoch of each shard in which it never will (again).
+- `ready`: whole copies that wait for their epoch to be founded. The meta group founds it because
+  they are on disk, so a restart must find them again.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import msgpack
 from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.runtime import Disk
+from agentmem_cluster.shardmap import ShardInfo
 
 FORMAT: Final = 1
 FILE_NAME: Final = "replicas"
@@ -46,12 +49,36 @@ class Held:
     base_term: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A copy with the final state, at entry `index` of term `term`, of the epoch before `info`'s.
+
+    `revision`: of the view that asked for it; an older one cannot say that nobody does.
+    """
+
+    info: ShardInfo
+    change_id: str
+    folder: str
+    index: int
+    term: int
+    revision: int
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Ready:
+        info = wire["info"]
+        return cls(**{**wire, "info": ShardInfo(**{**info, "members": tuple(info["members"])})})
+
+
 @dataclass(slots=True)
 class LocalRecord:
     incarnation: str
     is_admitted: bool = False  # the cluster has been told of this incarnation
     held: dict[str, Held] = field(default_factory=dict)
     closed: dict[str, int] = field(default_factory=dict)
+    ready: dict[str, Ready] = field(default_factory=dict)
 
     def may_take_part(self, group: str, epoch: int) -> bool:
         return self.is_admitted and epoch > self.closed.get(group, 0)
@@ -63,14 +90,21 @@ class LocalRecord:
             raise ValueError(f"epoch {held.epoch} of {group} is closed on this node")
         self.closed[group] = max(self.closed.get(group, 0), held.epoch - 1)
         self.held[group] = held
+        self._forget_ready(group, held.epoch)
 
     def close(self, group: str, epoch: int) -> Held | None:
         """Never take part in `epoch` or an earlier one again. Returns what was held, if it ends."""
         self.closed[group] = max(self.closed.get(group, 0), epoch)
+        self._forget_ready(group, epoch)
         held = self.held.get(group)
         if held is None or held.epoch > epoch:
             return None
         return self.held.pop(group)
+
+    def _forget_ready(self, group: str, epoch: int) -> None:
+        ready = self.ready.get(group)
+        if ready is not None and ready.info.epoch <= epoch:
+            del self.ready[group]
 
     # -- on disk -------------------------------------------------------------------------------
 
@@ -80,12 +114,12 @@ class LocalRecord:
 
         What only memory says is what a crash makes this node forget: nobody may act on it.
         """
-        before = self.is_admitted, dict(self.held), dict(self.closed)
+        before = self.is_admitted, dict(self.held), dict(self.closed), dict(self.ready)
         try:
             yield
             self.save(disk)
         except BaseException:
-            self.is_admitted, self.held, self.closed = before
+            self.is_admitted, self.held, self.closed, self.ready = before
             raise
 
     def save(self, disk: Disk) -> None:
@@ -96,6 +130,7 @@ class LocalRecord:
                 "is_admitted": self.is_admitted,
                 "held": {group: asdict(held) for group, held in sorted(self.held.items())},
                 "closed": dict(sorted(self.closed.items())),
+                "ready": {group: ready.to_wire() for group, ready in sorted(self.ready.items())},
             }
         )
         failpoint("record.before_write")
@@ -144,4 +179,5 @@ class LocalRecord:
             bool(kept["is_admitted"]),
             {str(group): Held(**held) for group, held in kept["held"].items()},
             {str(group): int(epoch) for group, epoch in kept["closed"].items()},
+            {str(group): Ready.from_wire(row) for group, row in kept.get("ready", {}).items()},
         )

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from agentmem_cluster.epochs.change import Base, Change, Phase
 from agentmem_cluster.epochs.machine import EpochAware, EpochMachine
-from agentmem_cluster.epochs.record import Held, LocalRecord
+from agentmem_cluster.epochs.record import Held, LocalRecord, Ready
 from agentmem_cluster.epochs.reports import (
     NewReplica,
     OldReplica,
@@ -88,6 +88,17 @@ class Staged:
     done_bytes: int = 0
     total_bytes: int = 0
     error: str = ""
+    revision: int = 0  # of the view that asked for it
+
+    def is_for(self, info: ShardInfo) -> bool:
+        """Not only for that epoch: a change that was given up had the same, and other slots."""
+        mine = self.info
+        return (mine.epoch, mine.members, mine.slot_start, mine.slot_end) == (
+            info.epoch,
+            info.members,
+            info.slot_start,
+            info.slot_end,
+        )
 
     def apply(self, entries: Sequence[Entry]) -> None:
         """Apply what the source has committed. What came after the seal changes nothing."""
@@ -120,6 +131,7 @@ class ReplicaSet:
         self.staged: dict[str, Staged] = {}
         self.map: ShardMap | None = None
         self.changes: Mapping[str, Change] = {}
+        self.revision = 0
         self.settling = ""  # the shard that `learn` is at: of an error, the one it is about
         self._disk = disk
         self._groups = groups
@@ -130,13 +142,15 @@ class ReplicaSet:
 
     # -- what the map says ---------------------------------------------------------------------
 
-    def learn(self, shard_map: ShardMap, changes: Mapping[str, Change]) -> None:
+    def learn(self, shard_map: ShardMap, changes: Mapping[str, Change], revision: int = 0) -> None:
         """Take part in what the map gives this node, as far as it can; leave what it takes away.
 
+        `revision`: of the view that says so, which grows.
         Raises OSError when the record cannot be written: then nothing more was changed.
         """
         self.map = shard_map
         self.changes = changes
+        self.revision = revision
         for shard in sorted({*shard_map.shards, *self.served, *self.record.held}):
             self.settling = shard
             self._settle(shard)
@@ -148,7 +162,7 @@ class ReplicaSet:
             if machine.is_sealed and machine.durable_index < machine.inner.applied_index:
                 self._groups.checkpoint_soon(shard)  # the next epoch waits for it
         if self.map is not None:
-            self.learn(self.map, self.changes)
+            self.learn(self.map, self.changes, self.revision)
 
     def _settle(self, shard: str) -> None:
         assert self.map is not None
@@ -180,7 +194,7 @@ class ReplicaSet:
             return
         base = self._base_of(info)
         staged = self.staged.get(shard)
-        if staged is not None and staged.info.epoch == info.epoch:
+        if staged is not None and staged.is_for(info):
             self._use_staged(info, staged, base)
         elif served is not None and base is not None and self._keeps_its_state(info):
             self._go_on(served, info, base)
@@ -337,7 +351,7 @@ class ReplicaSet:
         staged, new = {}, {}
         for target in change.targets:
             copy = self.staged.get(target.id)
-            if copy is not None and copy.info.epoch == target.epoch:
+            if copy is not None and copy.is_for(target):
                 staged[target.id] = _staged_report(copy)
             here = self.served.get(target.id)
             if here is not None and here.info.epoch == target.epoch:
@@ -373,7 +387,8 @@ class ReplicaSet:
                 self.node_id in info.members
                 and info.epoch > 1
                 and (served is None or served.info.epoch < info.epoch)
-                and (staged is None or staged.info.epoch < info.epoch)
+                # A copy that failed after the founding is begun anew, from who serves now.
+                and (staged is None or not staged.is_for(info) or staged.state is Staging.FAILED)
                 and not (served is not None and self._goes_on_soon(served, info))
                 and self._may_hold(info.id, info.epoch)
             ):
@@ -384,19 +399,56 @@ class ReplicaSet:
         return served.machine.is_sealed and self._keeps_its_state(info)
 
     def begin_copy(self, info: ShardInfo, change_id: str, follows: int) -> Staged:
-        """A copy for `info` begins; one for an earlier epoch is dropped."""
+        """A copy for `info` begins; another one of the shard is dropped. Raises OSError."""
+        self._forget_ready([info.id])  # before its folder has another content
         before = self.staged.pop(info.id, None)
         if before is not None and before.machine is not None:
             self._states.release(info.id, before.folder, before.machine.inner)
         staged = Staged(info, change_id, follows, folder_name(info.id, info.epoch))
+        staged.revision = self.revision
         self.staged[info.id] = staged
         return staged
+
+    def complete(self, staged: Staged) -> None:
+        """Count a copy that is whole and durable, even after a crash: the next epoch is founded
+        on it, and the old members leave then. Raises OSError."""
+        machine = staged.machine
+        assert machine is not None
+        info, index = staged.info, machine.inner.applied_index
+        ready = Ready(
+            info, staged.change_id, staged.folder, index, staged.last_term, staged.revision
+        )
+        if self._may_hold(info.id, info.epoch):
+            with self.record.kept(self._disk):
+                self.record.ready[info.id] = ready
+        staged.state = Staging.COMPLETE
+
+    def reopen(self, shard: str) -> None:
+        """After a start: a copy that was complete is so again. Raises OSError."""
+        ready = self.record.ready[shard]
+        state = self._states.open(shard, ready.folder)
+        if state.applied_index < ready.index:  # its folder was lost, and is a new one
+            state.close()
+            self._forget_ready([shard])
+            return
+        follows = ready.info.epoch - 1
+        staged = Staged(ready.info, ready.change_id, follows, ready.folder, Staging.COMPLETE)
+        staged.machine = EpochMachine(state, follows)
+        staged.last_term, staged.revision = ready.term, ready.revision
+        self.staged[shard] = staged
+
+    def _forget_ready(self, shards: Iterable[str]) -> None:
+        known = [shard for shard in shards if shard in self.record.ready]
+        if known:
+            with self.record.kept(self._disk):
+                for shard in known:
+                    del self.record.ready[shard]
 
     def drop_copies(self, current: Iterable[Staged]) -> list[Staged]:
         """Copies that no change and no map asks for any more are taken out and returned.
 
         And those of epochs that serve already which failed: nobody stages them again, so that they
-        are `wanted` from here on, and copied from a member of that very epoch.
+        are `wanted` from here on, and copied from a member of that very epoch. Raises OSError.
         """
         assert self.map is not None
         dropped = []
@@ -406,9 +458,12 @@ class ReplicaSet:
                 (t for c in self.changes.values() for t in c.targets if t == staged.info), None
             )
             is_late = info == staged.info and staged.state is Staging.FAILED
-            if is_late or (target is None and info != staged.info):
+            is_known = staged.revision <= self.revision  # not so with a view kept from before
+            if is_late or (target is None and info != staged.info and is_known):
                 dropped.append(staged)
-                self.staged.pop(staged.info.id, None)
+        self._forget_ready(staged.info.id for staged in dropped)
+        for staged in dropped:
+            self.staged.pop(staged.info.id, None)
         return dropped
 
     def folders_in_use(self) -> set[str]:
