@@ -165,12 +165,12 @@ class Changes:
                 await self._decide(redirect_change(change.id, change.shard, members, preferred))
             case do.Finish():
                 failpoint("changes.before_finish")
-                await self._decide(end_change(change.id, change.shard))
+                await self._decide(end_change(change.id, change.shard, change.phase))
                 failpoint("changes.after_finish")
                 log.info("%s serves epoch %d", change.shard, change.to_epoch)
             case do.GiveUp(reason):
                 log.warning("giving up the change of %s: %s", change.shard, reason)
-                await self._decide(end_change(change.id, change.shard))
+                await self._decide(end_change(change.id, change.shard, change.phase))
 
     async def _decide(self, command: bytes) -> None:
         await self._membership.propose(command)

@@ -131,7 +131,8 @@ class Membership:
                     f"the cluster, but {', '.join(founders)} did: two majorities could decide two "
                     "things. Give [cluster.nodes] as it was then; only addresses may change."
                 )
-            await self._adopt(view)
+            if self._record.is_admitted:
+                await self._adopt(view)
         if GROUP_META in self._record.held:
             self._voters.open()
             self._state_changed()
@@ -291,13 +292,16 @@ class Membership:
             log.info("founding the cluster: %s; trying again", error)
 
     async def _ask_voters(self) -> View | None:
+        """Any voter's view will do, but for a node that has yet to be admitted: what it may take
+        part in is decided by that view, so it must have all that its old self can have known."""
+        body = {"fresh": not self._record.is_admitted}
         older: View | None = None
         for voter in self._whom_to_ask():
             if voter == self._node_id or not self._routing.is_connected(voter):
                 continue
             assert self._link is not None
             try:
-                wire = await self._link.call(voter, "meta.view", {}, timeout=_CALL_S)
+                wire = await self._link.call(voter, "meta.view", body, timeout=_CALL_S)
                 view = None if wire is None else View.from_wire(wire)
             except UNREADABLE as error:
                 log.debug("no view of the cluster from %s: %r", voter, error)
@@ -339,8 +343,13 @@ class Membership:
     async def _on_leaders_asked(self, _peer: str, _body: dict[str, Any]) -> dict[str, str | None]:
         return {shard: local.group.leader for shard, local in self._routing.local.items()}
 
-    async def _on_view_asked(self, _peer: str, _body: dict[str, Any]) -> dict[str, Any] | None:
-        return self.view_wire()
+    async def _on_view_asked(self, _peer: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """`meta.view`: what this node knows; when it is to be `fresh`, only the leader answers."""
+        if not body.get("fresh"):
+            return self.view_wire()
+        await self.read_state()
+        view = self._own_view()
+        return None if view is None else view.to_wire()
 
     def view_wire(self) -> dict[str, Any] | None:
         return None if self.view is None else self.view.to_wire()
@@ -511,6 +520,8 @@ class Membership:
         if self._meta is None or machine is None or not self.leads:
             raise NotLeader("This node does not lead the meta group.")
         await self._meta.read_index(deadline=self._clock.monotonic() + _CALL_S)
+        if machine is not self._voters.machine or machine.state.epoch.is_sealed:
+            raise NotLeader("The meta group is moving to other voters.")
         return machine.state
 
     async def _on_propose(self, _peer: str, body: dict[str, Any]) -> list[str]:

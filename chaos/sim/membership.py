@@ -318,7 +318,7 @@ class SimMembership:
                 preferred = preferred if preferred in members else members[0]
                 self.propose(redirect_change(change.id, change.shard, members, preferred), done)
             case do.Finish() | do.GiveUp(_):
-                self.propose(end_change(change.id, change.shard), done)
+                self.propose(end_change(change.id, change.shard, change.phase), done)
 
     # -- healing ---------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import msgpack
 
-from agentmem_cluster.epochs.change import Base, Change
+from agentmem_cluster.epochs.change import Base, Change, Phase
 from agentmem_cluster.meta.state import ClusterSettings, NodeInfo
 from agentmem_cluster.shardmap import ShardMap
 
@@ -80,9 +80,13 @@ def redirect_change(change_id: str, shard: str, members: Sequence[str], preferre
     return _pack(REDIRECT_CHANGE, change_id, shard, list(members), preferred)
 
 
-def end_change(change_id: str, shard: str) -> bytes:
-    """It is finished when its epoch was founded, and given up when not."""
-    return _pack(END_CHANGE, change_id, shard)
+def end_change(change_id: str, shard: str, phase: Phase) -> bytes:
+    """It is finished when its epoch was founded, and given up when not.
+
+    `phase`: as whoever wants this knows it. Who gives up must not end what was founded meanwhile:
+    members that do not serve yet learn from the change where their log begins.
+    """
+    return _pack(END_CHANGE, change_id, shard, phase.value)
 
 
 def change_voters(epoch: int, members: Sequence[str]) -> bytes:

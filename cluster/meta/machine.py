@@ -164,7 +164,9 @@ class MetaStateMachine:
         if change is None or change.id != change_id:
             return Outcome("not_found", f"shard {shard} has no change {change_id}")
         if kind == kind_of.END_CHANGE:
-            exactly(values, 2)
+            _, _, phase = exactly(values, 3)
+            if phase != change.phase.value:
+                return Outcome("conflict", f"the change of {shard} is {change.phase.value}")
             del self.state.changes[shard]
             return Outcome("ok")
         if change.phase is not Phase.COPY:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from agentmem_cluster.errors import NotLeader
 from tests.epochs.conftest import Cluster, run
 
 
@@ -64,6 +66,51 @@ def test_a_voter_that_lost_its_disk_votes_again_in_a_new_epoch(tmp_path: Path) -
             await cluster.until(cluster.meta_leader, "a leader after a restart")
             assert voters_of(cluster) == {(2, members)}
             assert b"kept" in bytes((await cluster.read(memory)).memory)
+        finally:
+            await cluster.stop()
+
+    run(scenario, 110)
+
+
+def test_a_lost_disk_is_admitted_by_what_the_leader_knows_not_by_an_old_view(
+    tmp_path: Path,
+) -> None:
+    """A voter that was cut off knows nothing of epochs in which the lost disk has voted."""
+
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3"], shards=1)
+        await cluster.start("n1", "n2", "n3")
+        try:
+            n1 = cluster.nodes["n1"]._membership
+            assert n1 is not None and n1.view is not None and n1._link is not None
+            old = n1.view.to_wire()
+            await cluster.stop("n2")
+            shutil.rmtree(tmp_path / "n2")
+            await cluster.start("n2")
+            await cluster.until(
+                lambda: "s00" in cluster.nodes["n2"]._routing.local and not n1.view.changes,  # type: ignore[union-attr]
+                "n2 has its replica again",
+            )
+            await cluster.until(lambda: len(voters_of(cluster)) == 1, "the voters agree")
+            await cluster.until(cluster.meta_leader, "a leader of the meta group")
+            if n1.leads:
+                assert n1._meta is not None
+                await n1._meta.transfer("n3", deadline=cluster.nodes["n1"].clock.monotonic() + 5)
+            epoch = cluster.nodes["n2"]._routing.local["s00"].info.epoch
+            assert epoch > 1
+
+            async def answer_as_if_cut_off(_peer: str, body: dict[str, Any]) -> Any:
+                if body.get("fresh"):
+                    raise NotLeader("This node does not lead the meta group.")
+                return old
+
+            await cluster.stop("n2")
+            shutil.rmtree(tmp_path / "n2")
+            n1._link.register("meta.view", answer_as_if_cut_off)
+            await cluster.start("n2")
+            replicas = cluster.nodes["n2"]._replicas
+            assert replicas is not None and replicas._record.is_admitted
+            assert replicas._record.closed["s00"] >= epoch, "its old self has voted there"
         finally:
             await cluster.stop()
 

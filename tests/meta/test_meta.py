@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentmem_chaos.sim.disk import SimDisk
-from agentmem_cluster.epochs.change import Change
+from agentmem_cluster.epochs.change import Base, Change, Phase
 from agentmem_cluster.meta import (
     LEVEL_OF_CHANGES,
     ClusterSettings,
@@ -21,6 +21,8 @@ from agentmem_cluster.meta import (
     NodeInfo,
     begin_change,
     change_voters,
+    end_change,
+    found_epoch,
     init_cluster,
     kv_delete,
     kv_put,
@@ -93,6 +95,21 @@ def test_a_map_replaces_only_the_version_that_was_read() -> None:
         "conflict",
     ]
     assert meta.state.map == second
+
+
+def test_who_gives_a_change_up_late_does_not_end_one_that_was_founded() -> None:
+    meta = machine()
+    info = MAP.shards["s00"]
+    change = Change("c1", "s00", info.epoch, info.members, (replace(info, epoch=info.epoch + 1),))
+    assert run(
+        meta,
+        init_cluster(SETTINGS, MAP),
+        begin_change(change),
+        found_epoch("c1", "s00", Base(7, 1)),
+        end_change("c1", "s00", Phase.COPY),
+    ) == ["ok", "ok", "ok", "conflict"]
+    assert meta.state.changes, "members that do not serve yet need its base"
+    assert run(meta, end_change("c1", "s00", Phase.FOUNDED)) == ["ok"]
 
 
 def test_values_are_bounded() -> None:
