@@ -113,8 +113,8 @@ class Membership:
         self._adopting = asyncio.Lock()
         self.on_view: list[Callable[[View], None]] = []
         self.view: View | None = None
-        replicas.learn_view = self.learn
-        replicas.view_wire = self.view_wire
+        replicas.learn_view = self._voters.learn_view = self.learn
+        replicas.view_wire = self._voters.view_wire = self.view_wire
         routing.on_stale_map = self._changed.set
 
     # -- life ---------------------------------------------------------------------------
@@ -260,6 +260,11 @@ class Membership:
         if view is None and self._meta.is_leader and self._may_found.is_set():
             assert self._model is not None
             await self._found(self._model)
+        if self._meta is not None and self._meta.leader is None:
+            # The group may have moved on without this node, which nobody would tell it then.
+            theirs = await self._ask_voters()
+            if theirs is not None and theirs.is_newer_than(view):
+                return theirs
         return view
 
     def _own_view(self) -> View | None:
@@ -520,7 +525,7 @@ class Membership:
         if self._meta is None or machine is None or not self.leads:
             raise NotLeader("This node does not lead the meta group.")
         await self._meta.read_index(deadline=self._clock.monotonic() + _CALL_S)
-        if machine is not self._voters.machine or machine.state.epoch.is_sealed:
+        if machine is not self._voters.machine or not self._voters.decides:
             raise NotLeader("The meta group is moving to other voters.")
         return machine.state
 

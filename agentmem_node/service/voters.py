@@ -3,14 +3,19 @@
 The same mechanism as a shard's: its epoch is sealed by an entry of its own log, and the next
 begins from that state. It is small, so a new voter is simply sent it; and it decides by itself, so
 the seal *is* the founding: the voters to come stand in the state that it seals.
+
+Whoever has that state goes on giving it to the others until the next epoch has begun, which says
+that a majority of its voters has it. Only then is the cluster told of it, and the old voters leave.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
-from agentmem_cluster.epochs.commands import Begin, Seal, encode
+from agentmem_cluster.epochs.commands import Begin, EpochState, Seal, encode
 from agentmem_cluster.epochs.machine import EpochMachine
 from agentmem_cluster.epochs.record import Held, LocalRecord
 from agentmem_cluster.errors import AgentMemError, NotLeader
@@ -62,6 +67,9 @@ class Voters:
         self.group: AsyncGroup | None = None
         self.machine: MetaStateMachine | None = None
         self._epochs: EpochMachine | None = None
+        # How a voter's view of the cluster is taken over, and asked for; set by the membership.
+        self.learn_view: Callable[[Any], Any] = lambda wire: None
+        self.view_wire: Callable[[], Any] = lambda: None
         if link is not None:
             link.register("meta.join", self._on_join)
 
@@ -97,8 +105,20 @@ class Voters:
 
     @property
     def meta_group(self) -> MetaGroup:
-        assert self.group is not None
-        return MetaGroup(self.group.spec.epoch, self.group.spec.members)
+        """Who decides, as far as is known here: an epoch that has not begun decides nothing, and
+        the old voters must not leave for it."""
+        assert self.group is not None and self.machine is not None and self._epochs is not None
+        spec = self.group.spec
+        if self._epochs.has_begun:
+            return MetaGroup(spec.epoch, spec.members)
+        return MetaGroup(spec.epoch - 1, self.machine.state.voters or self._founders)
+
+    @property
+    def decides(self) -> bool:
+        """Whether this node's epoch of the group is the one that decides, as far as is applied."""
+        if self.group is None or self.machine is None:
+            return False
+        return self.machine.state.epoch == EpochState(self.group.spec.epoch, False)
 
     # -- moving --------------------------------------------------------------------------------
 
@@ -112,8 +132,10 @@ class Voters:
             return
         if self._epochs.is_sealed:
             await self._pass_on()
-        elif self.group.is_leader and not self._epochs.has_begun:
-            await self._propose(encode(Begin(self.group.spec.epoch)))
+        elif not self._epochs.has_begun:
+            if self.group.is_leader:
+                await self._propose(encode(Begin(self.group.spec.epoch)))
+            await self._offer_again()
         elif self.group.is_leader and view is not None:
             await self._improve(view)
 
@@ -177,28 +199,53 @@ class Voters:
         """The epoch is over: go on in the next, and give its state to those who begin there."""
         assert self.machine is not None and self.group is not None
         seal = self.machine.applied_index
-        old = self.group.spec
-        epoch, members = old.epoch + 1, self.machine.state.next_voters
+        epoch, members = self.group.spec.epoch + 1, self.machine.state.next_voters
         term, image = self.group.term_at(seal), self.machine.image()
-        body = {"epoch": epoch, "index": seal, "term": term, "image": image}
         if self._node_id in members:
             self._begin(epoch, seal, term, image)
-        for member in members:
-            if member == self._node_id or self._link is None:
-                continue
+        await self._offer(epoch, members, seal, term, image)
+
+    async def _offer_again(self) -> None:
+        """While the epoch has not begun, other voters may lack its state, and nobody else have it:
+        whoever had it too may have gone down."""
+        if self.group is None or self.machine is None or self._epochs is None:
+            return
+        if self._epochs.has_begun:
+            return
+        spec, index = self.group.spec, self.machine.applied_index
+        term, image = self.group.term_at(index), self.machine.image()
+        await self._offer(spec.epoch, spec.members, index, term, image)
+
+    async def _offer(
+        self, epoch: int, members: tuple[str, ...], index: int, term: int, image: bytes
+    ) -> None:
+        body = {"epoch": epoch, "index": index, "term": term, "image": image}
+
+        async def offer(member: str) -> None:
+            if self._link is None or not self._routing.is_connected(member):
+                return
             try:
-                await self._link.call(member, "meta.join", body, timeout=_CALL_S)
+                view = await self._link.call(member, "meta.join", body, timeout=_CALL_S)
             except AgentMemError as error:
                 log.info("%s does not take its vote yet: %s", member, error)
+                return
+            if view is not None:
+                await self.learn_view(view)
 
-    async def _on_join(self, _peer: str, body: dict[str, Any]) -> None:
-        """`meta.join`: a voter of the epoch before gives this node its state."""
+        await asyncio.gather(*(offer(member) for member in members if member != self._node_id))
+
+    async def _on_join(self, _peer: str, body: dict[str, Any]) -> Any:
+        """`meta.join`: who has the state that an epoch begins with gives it to this node.
+
+        Returns this node's view, once that epoch has begun.
+        """
         if self.group is not None and self.group.spec.epoch >= body["epoch"]:
-            return
+            return self.view_wire() if self.decides else None
         if not self._record.may_take_part(GROUP_META, body["epoch"]):
             raise NotLeader(f"Node {self._node_id} cannot vote in epoch {body['epoch']}.")
         self._begin(body["epoch"], body["index"], body["term"], body["image"])
         self._on_change()
+        return None
 
     def _begin(self, epoch: int, index: int, term: int, image: bytes) -> None:
         folder = f"{META_FOLDER}-e{epoch}"

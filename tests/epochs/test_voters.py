@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from agentmem_cluster.errors import NotLeader
+from agentmem_cluster.errors import NotLeader, Unavailable
 from tests.epochs.conftest import Cluster, run
 
 
@@ -111,6 +111,58 @@ def test_a_lost_disk_is_admitted_by_what_the_leader_knows_not_by_an_old_view(
             replicas = cluster.nodes["n2"]._replicas
             assert replicas is not None and replicas._record.is_admitted
             assert replicas._record.closed["s00"] >= epoch, "its old self has voted there"
+        finally:
+            await cluster.stop()
+
+    run(scenario, 110)
+
+
+def test_an_epoch_of_which_one_voter_alone_has_the_state_is_told_to_nobody_and_begins_in_the_end(
+    tmp_path: Path,
+) -> None:
+    """As when everybody else who knows of the seal has gone down just then."""
+
+    async def scenario() -> None:
+        names = ["n1", "n2", "n3", "n4", "n5"]
+        cluster = Cluster(tmp_path, names, shards=1)
+        await cluster.start("n1", "n2", "n3")
+        try:
+            await cluster.until(cluster.meta_leader, "a leader of the meta group")
+            leader = cluster.meta_leader()
+            assert leader is not None and leader._membership is not None
+            voters = leader._membership._voters
+            link = voters._link
+            assert link is not None
+            refused: list[str] = []
+            is_open = False
+            call = link.call
+
+            async def call_without_joins(peer: str, method: str, body: Any, **rest: Any) -> Any:
+                if method == "meta.join" and not is_open:
+                    refused.append(peer)
+                    raise Unavailable("The link was cut.")
+                return await call(peer, method, body, **rest)
+
+            async def stand_still(_view: Any) -> None:
+                return
+
+            link.call = call_without_joins  # type: ignore[method-assign]
+            for name in ("n1", "n2", "n3"):
+                node = cluster.nodes[name]
+                if node is not leader:
+                    node._membership._voters.step = stand_still  # type: ignore[union-attr,method-assign]
+            for name in ("n4", "n5"):
+                await cluster.admit(name)
+                await cluster.start(name)
+            await cluster.until(lambda: len(refused) > 4, "it gives the state away again")
+            assert voters.group is not None and voters.group.spec.epoch == 2
+            assert {epoch for epoch, _ in voters_of(cluster)} == {1}
+            is_open = True
+            for node in cluster.nodes.values():
+                vars(node._membership._voters).pop("step", None)  # type: ignore[union-attr]
+            await cluster.until(lambda: voters_of(cluster) == {(2, tuple(names))}, "five voters")
+            await cluster.until(cluster.meta_leader, "a leader of the five")
+            await cluster.add("ana", "after")
         finally:
             await cluster.stop()
 
