@@ -38,14 +38,14 @@ format: setup ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-sim: setup ## 200 simulated worlds with faults
-	@$(BIN)/agentmem-chaos sim --worlds 200
+sim: setup ## 600 simulated worlds with faults: 10 virtual hours
+	@$(BIN)/agentmem-chaos sim --worlds 600
 
 failpoints: setup ## end real nodes at every failpoint, under load (ten minutes)
 	@AGENTMEM_TEST_FAILPOINTS=all $(BIN)/python -m pytest tests/failpoints
 
-soak: setup ## 5,000 simulated worlds
-	@$(BIN)/agentmem-chaos sim --worlds 5000
+soak: setup ## 60,000 simulated worlds: 1,000 virtual hours
+	@$(BIN)/agentmem-chaos sim --worlds 60000
 
 chaos: setup ## real nodes under real faults for a minute, with a timeline
 	@$(BIN)/agentmem-chaos run kills --seconds 60

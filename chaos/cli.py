@@ -163,12 +163,15 @@ def summary(outcomes: list[Outcome]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     virtual_s = sum(outcome.result.seconds for outcome in outcomes)
     cpu_s = sum(outcome.cpu_s for outcome in outcomes)
-    three, five = (sum(outcome.result.nodes == n for outcome in outcomes) for n in (3, 5))
+    sizes = sorted({outcome.result.nodes for outcome in outcomes})
+    of_size = ", ".join(f"{sum(o.result.nodes == n for o in outcomes)} of {n}" for n in sizes)
+    moving = sum(outcome.result.has_moves for outcome in outcomes)
+    moves = sum(outcome.result.moves for outcome in outcomes)
     speed = virtual_s / max(cpu_s, 1e-9)
     shards = sum(outcome.result.engine == "shard" for outcome in outcomes)
     core = sum(outcome.result.core_clients for outcome in outcomes)
     rows = {
-        "worlds": f"{len(outcomes)} ({three} of 3 nodes, {five} of 5)",
+        "worlds": f"{len(outcomes)} ({of_size} nodes)",
         "virtual time": f"{virtual_s / 3600:,.2f} hours ({speed:.0f} times real time on a core)",
         "engines": f"{shards} with real shards, {core} called through the client library's core",
         "operations": f"{sum(outcome.result.calls for outcome in outcomes):,}",
@@ -176,6 +179,7 @@ def summary(outcomes: list[Outcome]) -> Table:
         "linearizable reads": f"{sum(outcome.result.reads for outcome in outcomes):,}",
         "faults": f"{sum(outcome.result.faults for outcome in outcomes):,}",
         "elections": f"{sum(outcome.result.elections for outcome in outcomes):,}",
+        "moves": f"{moves:,} in {moving} worlds; writes paused {pauses(outcomes)}",
         "violations": f"{sum(not outcome.result.passed for outcome in outcomes)} worlds",
     }
     if len(outcomes) == 1:
@@ -184,6 +188,15 @@ def summary(outcomes: list[Outcome]) -> Table:
         bad = name == "violations" and not value.startswith("0 ")
         table.add_row(name, Text(value, style="red" if bad else ""))
     return table
+
+
+def pauses(outcomes: list[Outcome]) -> str:
+    """For how long a shard took no writes when its epoch changed, in virtual time."""
+    found = sorted(pause for outcome in outcomes for pause in outcome.result.pauses_s)
+    if not found:
+        return "never"
+    middle, late = (found[min(len(found) - 1, int(len(found) * q))] for q in (0.5, 0.99))
+    return f"{middle:.2f} s in the middle, {late:.2f} s at the 99th percentile, faults included"
 
 
 def report(console: Console, outcome: Outcome, *, told: bool) -> None:

@@ -17,7 +17,7 @@ from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_cluster.epochs.change import Change
-from agentmem_cluster.epochs.record import LocalRecord
+from agentmem_cluster.epochs.record import LocalRecord, RecordCorrupt
 from agentmem_cluster.epochs.replicas import Served
 
 
@@ -49,7 +49,7 @@ class EpochJudge:
         info, spec = served.info, served.spec
         self.checks += 1
         self._members[info.id, info.epoch] = info.members
-        record = LocalRecord.load(machine.disk.platter())
+        record = _on_disk(machine)
         held = None if record is None else record.held.get(info.id)
         if held is None or held.epoch != info.epoch:
             self._judge.accuse(
@@ -119,7 +119,7 @@ class EpochJudge:
         old = self._members.get((shard, epoch - 1), ())
         closed = []
         for member in old:
-            record = LocalRecord.load(self._machines[member].disk.platter())
+            record = _on_disk(self._machines[member])
             if record is not None and record.closed.get(shard, 0) >= epoch - 1:
                 closed.append(member)
         if old and 2 * len(closed) <= len(old):
@@ -142,3 +142,11 @@ class EpochJudge:
         machine = self._machines[node]
         took = [self._took_part.get((node, shard, e)) for e in (epoch, epoch + 1)]
         return any(one is not None and one != machine.incarnation for one in took)
+
+
+def _on_disk(machine: Machine) -> LocalRecord | None:
+    """What the strictest power loss would leave of a node's record."""
+    try:
+        return LocalRecord.load(machine.disk.platter())
+    except RecordCorrupt:
+        return None

@@ -264,6 +264,8 @@ class SimMembership:
             if waiting == 0:
                 self._step(one, current, reports)
 
+        if not nodes:
+            self._step(one, current, {})
         for node in nodes:
             self._link.call(
                 node,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+from agentmem_chaos.sim import membership
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.machine import Effect, MachineStore, Observer, RegisterMachine
 from agentmem_chaos.sim.parts import Parts, open_journal
@@ -24,12 +25,19 @@ from agentmem_chaos.sim.shard_machine import ShardMachine
 from agentmem_chaos.sim.shard_store import ShardStore
 from agentmem_chaos.sim.world import World
 from agentmem_client.core import Exchange
+from agentmem_cluster.epochs import fence
+from agentmem_cluster.epochs import machine as epoch_machine
+from agentmem_cluster.epochs.commands import Seal, decode
+from agentmem_cluster.epochs.conductor import Conductor
+from agentmem_cluster.epochs.machine import EpochMachine
+from agentmem_cluster.epochs.record import LocalRecord
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft import following, pysync
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.raft.matching import Accepted, Refused, reconcile
 from agentmem_cluster.raft.readindex import ReadIndex
 from agentmem_cluster.raft.voice import Voice
+from agentmem_node.service.admission import admit
 from agentmem_node.storage import environment
 from agentmem_node.storage.ledger import Ledger
 
@@ -39,6 +47,7 @@ ELECTIONS = {Fault.KILL: 1.0, Fault.BREAK_SESSION: 0.5, Fault.PARTITION: 2.0}
 STALLS = {Fault.BREAK_SESSION: 0.5, Fault.SLOW_DISK: 4.0, Fault.KILL: 2.0}
 DEPOSED = {Fault.CUT_LEADER: 2.0, Fault.CLOCK_RATE: 2.0}
 WORLDS_MAX = 15
+SAVE = LocalRecord.save
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,13 @@ class Worlds:
     slowness: tuple[float, ...] | None = None
     engine: Engine = Engine.REGISTERS
     core_clients: bool = False
+    moves: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self, seed: int) -> WorldPlan:
-        drawn = WorldPlan.draw(seed, nodes=self.nodes, seconds=self.seconds, engine=self.engine)
+        drawn = WorldPlan.draw(
+            seed, nodes=self.nodes, seconds=self.seconds, engine=self.engine, moves=self.moves
+        )
         groups = drawn.groups[: self.groups_max]
         return dataclasses.replace(
             drawn,
@@ -67,7 +79,7 @@ class Worlds:
                 drawn.net, delay_s=self.delay_s, break_after_s=self.break_after_s
             ),
             fault_every_s=dict(self.faults),
-            slowness=self.slowness or (1.0,) * self.nodes,
+            slowness=self.slowness or (1.0,) * len(drawn.nodes),
             core_clients=self.core_clients,
             **{
                 "sync_s": (0.001, 0.01),
@@ -257,6 +269,51 @@ def _from(lives: type[Opinionated] | type[Stray]) -> Iterator[None]:
     yield
 
 
+# -- epochs --
+
+
+def _saved_but_not_synced(record: LocalRecord, disk: Any) -> None:
+    honours, disk.honours_sync = disk.honours_sync, False
+    try:
+        SAVE(record, disk)
+    finally:
+        disk.honours_sync = honours
+
+
+def _has_it_in_memory(conductor: Conductor, report: Any, target: Any, seal: Any) -> bool:
+    staged = report.staged.get(target.id)
+    if staged is not None:
+        return bool(staged.seal == seal)
+    return report.old is not None and report.old.seal == seal
+
+
+def _applied_after_the_seal(machine: EpochMachine, entries: Any) -> list[Any]:
+    before = machine.inner.epoch_state
+    results = machine.inner.apply(entries)
+    machine._passed = entries[-1].index
+    if machine.inner.epoch_state != before:
+        machine._on_change()
+    return results
+
+
+def _either_is_a_seal(command: bytes) -> Any:
+    control = decode(command)
+    return Seal(control.epoch) if control is not None else None
+
+
+def _admitted_at_once(record: LocalRecord, view: Any, node: str, disk: Any) -> bool:
+    if not record.is_admitted:
+        record.is_admitted = True
+        record.save(disk)
+    return False
+
+
+def _admitted_when_unknown(record: LocalRecord, view: Any, node: str, disk: Any) -> bool:
+    if node in view.nodes:
+        return admit(record, view, node, disk)
+    return _admitted_at_once(record, view, node, disk)
+
+
 # -- the client library --
 
 
@@ -318,6 +375,20 @@ CHECKPOINTS = {
     "padding_bytes_max": 100_000,
     "state_needs_room": False,
 }
+
+MOVING = Worlds(
+    {
+        Fault.MOVE: 1.5,
+        Fault.KILL: 5.0,
+        Fault.POWER_LOSS: 5.0,
+        Fault.CUT_LEADER: 4.0,
+        Fault.BREAK_SESSION: 2.0,
+    },
+    nodes=4,
+    seconds=50.0,
+    moves=True,
+)
+LOSING = dataclasses.replace(MOVING, faults={Fault.MOVE: 2.0, Fault.LOSE_DISK: 4.0})
 
 PLANTS: tuple[Plant, ...] = (
     Plant(
@@ -492,5 +563,75 @@ PLANTS: tuple[Plant, ...] = (
         _rules("refused means not done"),
         Worlds(CUTS | CRASHES, core_clients=True),
         planted=_certainly_not_done,
+    ),
+    Plant(
+        "epochs",
+        "an epoch begins while the one before may still be read",
+        _rules("fence", "stale reads", "linearizability"),
+        # Old and new members must differ, and the old ones learn late that they are.
+        dataclasses.replace(
+            MOVING,
+            nodes=6,
+            faults={
+                Fault.MOVE: 1.0,
+                Fault.PARTITION: 1.5,
+                Fault.PAUSE: 1.0,
+                Fault.BREAK_SESSION: 0.5,
+            },
+        ),
+        planted=lambda: patch.object(fence, "is_fenced", lambda *_: True),
+        worlds_max=30,
+    ),
+    Plant(
+        "epochs",
+        "the record of what a node takes part in is not synced",
+        _rules("promises on disk", "fence", "amnesia", "recovery"),
+        MOVING,
+        planted=lambda: patch.object(LocalRecord, "save", _saved_but_not_synced),
+    ),
+    Plant(
+        "epochs",
+        "an epoch is founded before a majority has its first state on disk",
+        _rules("founded on a majority"),
+        dataclasses.replace(MOVING, fields={"sync_s": (0.02, 0.06)}),
+        planted=lambda: patch.object(Conductor, "_has_final", _has_it_in_memory),
+    ),
+    Plant(
+        "epochs",
+        "what follows the seal in the log is applied",
+        SAFETY | _rules("liveness", "gapless apply", "equal digests", "no stop without cause"),
+        dataclasses.replace(MOVING, fields={"think_s": (0.0, 0.02), "clients": 7}),
+        planted=lambda: patch.object(EpochMachine, "apply", _applied_after_the_seal),
+    ),
+    Plant(
+        "epochs",
+        "the beginning of an epoch is taken for its end",
+        SAFETY | _rules("gapless apply", "equal digests", "stale reads", "honest answers"),
+        dataclasses.replace(MOVING, faults={**MOVING.faults, Fault.POWER_LOSS_ALL: 3.0}),
+        planted=lambda: patch.object(epoch_machine, "decode", _either_is_a_seal),
+        worlds_max=40,
+    ),
+    Plant(
+        "epochs",
+        "a node that lost its disk takes part in the epochs that it has forgotten",
+        _rules("amnesia"),
+        LOSING,
+        planted=lambda: patch.object(membership, "admit", _admitted_at_once),
+    ),
+    Plant(
+        "epochs",
+        "a disk takes part before the cluster knows it",
+        _rules("amnesia"),
+        dataclasses.replace(LOSING, faults={Fault.LOSE_DISK: 1.0, Fault.CUT_LEADER: 1.0}),
+        planted=lambda: patch.object(membership, "admit", _admitted_when_unknown),
+        worlds_max=40,
+    ),
+    Plant(
+        "epochs",
+        "a change waits for a member that will never come",
+        _rules("liveness"),
+        LOSING,
+        planted=lambda: patch.object(Conductor, "_may_come", lambda *_: True),
+        worlds_max=40,
     ),
 )

@@ -244,6 +244,14 @@ class SimReplicas:
         ):
             self._begins.pop(name, None)
             return
+
+        def again() -> None:
+            self._ask_to_close(shard, served, change, closed)
+
+        if fence.is_fenced(change.old_members, closed):
+            begin = encode(Begin(served.info.epoch))
+            self._propose(shard, begin, lambda _: self._home.later(BUSY_S, again))
+            return
         left = [m for m in change.old_members if m not in closed and self._link.is_connected(m)]
         waiting = len(left)
 
@@ -253,23 +261,10 @@ class SimReplicas:
             if outcome is True:
                 closed.add(member)
             if waiting == 0:
-                go_on()
-
-        def go_on() -> None:
-            if fence.is_fenced(change.old_members, closed):
-                self._propose(
-                    shard,
-                    encode(Begin(served.info.epoch)),
-                    lambda _: self._home.later(BUSY_S, again),
-                )
-            else:
-                self._home.later(BUSY_S, again)
-
-        def again() -> None:
-            self._ask_to_close(shard, served, change, closed)
+                self._home.later(0.0 if outcome is True else BUSY_S, again)
 
         if not left:
-            go_on()
+            self._home.later(BUSY_S, again)
         body = {"shard": change.shard, "epoch": change.from_epoch, "view": self._view_wire()}
         for member in left:
             self._link.call(

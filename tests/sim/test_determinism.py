@@ -13,7 +13,7 @@ from agentmem_chaos.sim.runner import Order, play
 
 
 def trace_of(seed: int, hash_seed: str) -> str:
-    command = ["-m", "agentmem_chaos.cli", "sim", "--seed", str(seed), "--seconds", "30", "--json"]
+    command = ["-m", "agentmem_chaos.cli", "sim", "--seed", str(seed), "--seconds", "40", "--json"]
     done = subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
@@ -25,8 +25,9 @@ def trace_of(seed: int, hash_seed: str) -> str:
     return str(json.loads(done.stdout)["trace_hash"])
 
 
-# Of registers and of real shards, with plain clients and with the client library's core.
-@pytest.mark.parametrize("seed", [3, 4, 6, 10])
+# Of registers and of real shards, with plain clients and with the client library's core; the last
+# two of shards that move.
+@pytest.mark.parametrize("seed", [3, 6, 10, 5, 14])
 def test_the_same_seed_gives_the_same_bytes_in_two_processes_that_hash_differently(
     seed: int,
 ) -> None:
