@@ -204,7 +204,7 @@ class Membership:
                 if not registered or not self._is_known(view):
                     registered = await self._register(view)
                 await self._ask_for_introductions(view)
-            settled = view is not None and registered
+            settled = view is not None and registered and self._record.is_admitted
             await self._learn_leaders()
             try:
                 async with asyncio.timeout(_SETTLED_POLL_S if settled else _POLL_S):
