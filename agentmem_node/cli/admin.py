@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,6 +20,9 @@ from agentmem_node.model import operations as ops
 
 T = TypeVar("T")
 
+# Nodes hear of what was begun within a second, those that stand still for a moment later.
+_HEARD_S_MAX = 10.0
+
 
 class _Listed(msgspec.Struct):
     operations: list[ops.Operation]
@@ -32,6 +37,8 @@ class Admin:
 
     def __init__(self, connection: client.Client) -> None:
         self._connection = connection
+        # What was begun here: id -> when (time.monotonic), and as what.
+        self._begun: dict[str, tuple[float, ops.Operation]] = {}
 
     def plan(self, wish: ops.OperationWish) -> ops.OperationPlan:
         return self._ask("plan", "POST", "plan", ops.OperationPlan, wish)
@@ -39,9 +46,11 @@ class Admin:
     def begin(self, wish: ops.OperationWish) -> ops.Operation:
         """Begin it, once, however often the request has to be sent. Raises CommandFailed too."""
         try:
-            return self._ask(
+            begun = self._ask(
                 "begin", "POST", "operations", ops.Operation, wish, key=secrets.token_hex(16)
             )
+            self._begun[begun.id] = (time.monotonic(), begun)
+            return begun
         except client.AgentMemError as error:
             if not error.outcome_unknown:
                 raise
@@ -56,7 +65,14 @@ class Admin:
         return self._ask("operations", "GET", "operations", _Listed).operations
 
     def operation(self, operation_id: str) -> ops.Operation:
-        return self._ask("operation", "GET", _path(operation_id), ops.Operation)
+        """As it is now. One that was just begun here is known, whichever node is asked."""
+        try:
+            return self._ask("operation", "GET", _path(operation_id), ops.Operation)
+        except client.NotFound:
+            at, begun = self._begun.get(operation_id, (-math.inf, None))
+            if begun is None or time.monotonic() - at > _HEARD_S_MAX:
+                raise
+            return begun  # by a node that has not heard of it yet
 
     def stop(self, operation_id: str) -> ops.Operation:
         return self._ask("stop", "POST", _path(operation_id) + "/stop", ops.Operation)
