@@ -19,7 +19,15 @@ from agentmem_node.cli.devcluster import DevCluster, is_ready
 from agentmem_node.cli.devlayout import HOST, NodeFiles
 from agentmem_node.model import operations as ops
 from benchmarks.dataset import floats
-from benchmarks.moving import Move, ProbedLoad, broken_invariants, join, operate, owner_in
+from benchmarks.moving import (
+    Move,
+    ProbedLoad,
+    broken_invariants,
+    join,
+    operate,
+    owner_in,
+    until_nothing_runs,
+)
 from benchmarks.report import Row
 from benchmarks.rolling import MIX, failures, quantile
 
@@ -166,7 +174,8 @@ async def measure(cluster: DevCluster, memories: int, progress: Callable[[str], 
             )
             progress(f"{victim.id} loses its disk")
             again = await reseed(cluster, victim)
-            progress("the rest is spread evenly")
+            progress("its other replicas are mended, and the rest is spread evenly")
+            await until_nothing_runs(cluster)
             moves = await operate(cluster, load, ops.OperationWish(kind="rebalance"))
         lost = await load.lost()
         broken = await broken_invariants(cluster)

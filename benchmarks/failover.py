@@ -110,7 +110,7 @@ def measure_all(scale: float, progress: Callable[[str], None]) -> list[Row]:
             "... p99",
             ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
             "s",
-            target=2,
+            target=1.5,
             lower_is_better=True,
         ),
         Row(

@@ -76,7 +76,7 @@ class ProbedLoad(Load):
 
     async def _probe(self, shard: str, due: float) -> None:
         try:
-            await self._add(self.owner_by_shard[shard])
+            await self.add(self.owner_by_shard[shard])
         except AgentMemError as failed:
             self.probe_errors.append(f"probe: {type(failed).__name__}: {failed.message}")
         self.probes.append((shard, due, time.perf_counter() - due))
@@ -168,6 +168,21 @@ async def join(cluster: DevCluster) -> NodeFiles:
 
     await asyncio.to_thread(start)
     return node
+
+
+async def until_nothing_runs(cluster: DevCluster) -> None:
+    """Until no operation is under way, such as what the cluster mends by itself.
+
+    Raises TimeoutError.
+    """
+
+    def runs() -> bool:
+        with Client(cluster.urls) as connection:
+            return any(one.state == "running" for one in Admin(connection).operations())
+
+    async with asyncio.timeout(_OPERATION_S_MAX):
+        while await asyncio.to_thread(runs):
+            await asyncio.sleep(_POLL_S)
 
 
 async def broken_invariants(cluster: DevCluster) -> list[str]:

@@ -60,7 +60,7 @@ class Load:
 
     async def fill(self) -> None:
         """Something to read for every owner."""
-        await asyncio.gather(*(self._add(f"owner-{n}") for n in range(_OWNERS) for _ in range(2)))
+        await asyncio.gather(*(self.add(f"owner-{n}") for n in range(_OWNERS) for _ in range(2)))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -100,7 +100,7 @@ class Load:
     async def _ask(self, kind: str, owner: str) -> None:
         memory: Any = self.client
         if kind == "add":
-            await self._add(owner)
+            await self.add(owner)
         elif kind == "get":
             wanted = self._random.choice(list(self.stored))
             await memory.get(wanted, consistency=self.consistency)
@@ -109,7 +109,7 @@ class Load:
         else:
             await memory.search("parcel", user_id=owner, top_k=5, consistency=self.consistency)
 
-    async def _add(self, owner: str) -> None:
+    async def add(self, owner: str) -> None:
         self._number += 1
         text = f"parcel {self._number} of {owner}"
         added = await self.client.add(text, user_id=owner)

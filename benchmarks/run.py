@@ -29,6 +29,7 @@ PARTS = {
     "failover": "benchmarks.failover",
     "rolling": "benchmarks.rolling",
     "backup": "benchmarks.backup",
+    "partition": "benchmarks.partition",
     "growth": "benchmarks.growth",
 }
 _PART_S_MAX = 1_800

@@ -142,15 +142,22 @@ def heal(demo: Demo, node: str) -> float | None:
     demo.wires.heal(node)
     running = [n.url for n in demo.cluster.nodes if demo.cluster.is_running(n.id)]
     while running and time.monotonic() - begun < _CONVERGED_S_MAX:
-        state = ask(running)
-        # Replicas of the members that run are at one entry, and their states have one digest.
-        up = {n.id for n in state.nodes if n.is_up}
-        if all(
-            up & set(shard.members) <= set(shard.digests)
-            and len(set(shard.digests.values())) == 1
-            and shard.leader is not None
-            for shard in state.shards
-        ) and all(n.is_ready for n in state.nodes if n.is_up):
+        if is_converged(running):
             return time.monotonic() - begun
         time.sleep(_POLL_S)
     return None
+
+
+def is_converged(urls: list[str]) -> bool:
+    """Whether all that run are ready, and all replicas of each shard there have one digest.
+
+    Raises the client's errors when none of `urls` answers.
+    """
+    state = ask(urls)
+    up = {node.id for node in state.nodes if node.is_up}
+    return all(node.is_ready for node in state.nodes if node.is_up) and all(
+        shard.leader is not None
+        and up & set(shard.members) <= set(shard.digests)
+        and len(set(shard.digests.values())) == 1  # at one entry, with one digest
+        for shard in state.shards
+    )
