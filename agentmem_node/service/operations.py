@@ -342,6 +342,13 @@ class Operations:
             current.state, current.error = "failed", "there is no such shard any more"
         elif _is_reached(current, view):
             current.state = "done"
+        elif current.state == "pending" and info.members != tuple(current.from_members):
+            # Somebody else has moved it since this was planned: to go on would undo that.
+            if stored.by == "cluster":
+                current.state = "done"  # healing looks again, and plans anew what is still amiss
+            else:
+                current.state, current.error = "failed", "it was moved meanwhile: plan again"
+                stored.state, stored.message = "failed", f"{current.shard}: {current.error}"
         elif current.state != "pending":
             current.state, current.error = "failed", "it was given up; the old members serve"
             stored.state, stored.message = "failed", f"{current.shard}: {current.error}"
