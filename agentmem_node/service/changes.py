@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from agentmem_cluster.epochs import conductor as do
@@ -51,6 +51,8 @@ class Changes:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self.reports: dict[str, Mapping[str, Report]] = {}  # the last ones, by change
+        # Whether the operation that a change belongs to knows of it; set by the operations.
+        self.is_noted: Callable[[Change], bool] = lambda change: True
         membership.on_view.append(lambda _: self._wake.set())
 
     async def run(self) -> None:
@@ -76,6 +78,8 @@ class Changes:
             # One whose change is over ends by itself: it may be telling the others of that end.
             if self._membership.leads and not task.done():
                 continue
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                log.error("change %s stumbled; trying again", change_id, exc_info=task.exception())
             task.cancel()
             del self._tasks[change_id]
             self.reports.pop(change_id, None)
@@ -164,6 +168,8 @@ class Changes:
                 preferred = preferred if preferred in members else members[0]
                 await self._decide(redirect_change(change.id, change.shard, members, preferred))
             case do.Finish():
+                if not self.is_noted(change):
+                    return  # its operation's next look comes soon
                 failpoint("changes.before_finish")
                 await self._decide(end_change(change.id, change.shard, change.phase))
                 failpoint("changes.after_finish")

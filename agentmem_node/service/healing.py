@@ -61,6 +61,8 @@ class Healing:
                 await self._look()
             except AgentMemError as error:
                 log.info("healing: %s; trying again", error)
+            except Exception:
+                log.exception("healing stumbled; trying again")
 
     async def _look(self) -> None:
         view = self._membership.require_view()
@@ -79,7 +81,9 @@ class Healing:
             self._wrong_since.clear()
 
     def _count_lost(self, view: View, now_s: float) -> None:
-        for node in view.map.nodes():
+        # A voter is missed even when it has no replica.
+        voters = () if view.meta is None else view.meta.members
+        for node in {*view.map.nodes(), *voters}:
             if self._membership.is_connected(node):
                 self._away_since.pop(node, None)
             else:

@@ -67,6 +67,7 @@ class Operations:
         self._rng = rng
         self._replication = replication
         self._advancing = asyncio.Lock()
+        changes.is_noted = self.is_noted
         # Where backups may be read from; the node's configuration says so.
         self.backups_at: Callable[[str | None], str] = _nowhere
         if link is not None:
@@ -316,27 +317,38 @@ class Operations:
                 continue
             try:
                 for stored in self.stored(self._membership.require_view()):
-                    if stored.state == "running":
-                        async with self._advancing:
-                            await self._advance(self._find(stored.id))
+                    if stored.state in ("running", "stopped"):
+                        await self._advance_one(stored.id)
                 await self._forget_old()
             except AgentMemError as error:
                 log.info("operations: %s; trying again", error)
 
+    async def _advance_one(self, operation_id: str) -> None:
+        """What one operation stumbles over holds up no other."""
+        try:
+            async with self._advancing:
+                await self._advance(self._find(operation_id))
+        except AgentMemError as error:
+            log.info("operation %s: %s; trying again", operation_id, error)
+        except Exception:
+            log.exception("operation %s cannot go on", operation_id)
+
     async def _advance(self, stored: StoredOperation) -> None:
         view = self._membership.require_view()
-        if stored.state != "running":
-            return  # it was stopped a moment ago
         current = next((s for s in stored.steps if s.state not in ("done", "failed")), None)
+        change = None if current is None else view.changes.get(current.shard)
+        is_under_way = change is not None and change.operation == stored.id
+        if stored.state != "running" and not (stored.state == "stopped" and is_under_way):
+            return
         if current is None:
             await self._end(stored)
             return
-        change = view.changes.get(current.shard)
         if change is not None and change.operation != stored.id:
             return  # another operation has this shard; its turn comes
         info = view.map.shards.get(current.shard)
-        before = (current.state, stored.begun)
+        before = (current.state, current.epoch, stored.begun)
         if change is not None:
+            current.epoch = change.to_epoch  # who began it may not have come to note it
             current.state = "founded" if change.phase is Phase.FOUNDED else "copying"
         elif info is None:
             current.state, current.error = "failed", "there is no such shard any more"
@@ -360,7 +372,7 @@ class Operations:
             if refusal:
                 raise Conflict(refusal)
             current.state = "copying"
-        if (current.state, stored.begun) != before:
+        if (current.state, current.epoch, stored.begun) != before:
             await self._keep(stored)
 
     async def _end(self, stored: StoredOperation) -> None:
@@ -411,6 +423,18 @@ class Operations:
             "total_bytes": sum(copy.total_bytes for copy in copies),
             "error": failed[0] if failed else "",
         }
+
+    def is_noted(self, change: Change) -> bool:
+        """Whether its operation knows that this change was begun. It must not end before: a step
+        that nobody knows of would be begun again, and a second rewind undoes what was written
+        since the first."""
+        stored = next(
+            (s for s in self.stored(self._membership.require_view()) if s.id == change.operation),
+            None,
+        )
+        if stored is None or stored.state not in ("running", "stopped"):
+            return True
+        return any(s.shard == change.shard and s.epoch == change.to_epoch for s in stored.steps)
 
     # -- keeping -------------------------------------------------------------------------------
 

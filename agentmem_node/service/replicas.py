@@ -231,8 +231,12 @@ class Replicas:
                 self._begins[shard] = task
                 task.add_done_callback(partial(self._begin_ended, shard))
         for info in self.set.wanted():
-            if info.id not in self._copies and now_s >= self._retry_s.get(info.id, 0.0):
+            if now_s >= self._retry_s.get(info.id, 0.0):
                 self._retry_s[info.id] = now_s + _RETRY_S
+                running = self._copies.get(info.id)
+                if running is not None:
+                    running.cancel()  # it follows an epoch that is over; what it began may end
+                    continue
                 source = self._serving_member(info)
                 if source is not None:
                     failed = self.set.staged.get(info.id)
@@ -420,6 +424,9 @@ class Replicas:
         self._copies[staged.info.id] = task
 
         def ended(_: asyncio.Task[None]) -> None:
+            error = None if task.cancelled() else task.exception()
+            if isinstance(error, Exception):
+                self._fail(staged, "its source", error)
             if self._copies.get(staged.info.id) is task:
                 del self._copies[staged.info.id]
 
@@ -513,7 +520,7 @@ class Replicas:
             failpoint("copying.after_tail")
             staged.apply(entries)
             if machine.is_sealed and staged.follows < staged.info.epoch:
-                if self._is_part(staged):
+                if self._is_part(staged) and not staged.is_restricted:
                     await self._restrict(staged, machine)
                 await self._make_durable(machine)
                 await self._complete(staged)
@@ -560,6 +567,7 @@ class Replicas:
         assert isinstance(shard, Shard)
         for _ in shard.restrict(staged.info.slot_start, staged.info.slot_end):
             await asyncio.sleep(0)  # heartbeats go on meanwhile
+        staged.is_restricted = True  # twice would be another digest than the other replicas'
 
     async def _make_durable(self, machine: EpochMachine) -> None:
         job = machine.checkpoint()

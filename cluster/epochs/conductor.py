@@ -89,7 +89,8 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Nothing was sealed yet, and it will not work: the old epoch just goes on."""
+    """It will not work: the old epoch just goes on, or, when it was sealed, another one is founded
+    from its state."""
 
     reason: str
 
@@ -243,7 +244,11 @@ class Conductor:
         if complete or (enough and waited_s >= self._timing.straggler_s):
             return [Found(self._base(reports, seal))]
         wait_s = self._timing.redirect_s * (1 if not possible else 5)
-        if not enough and waited_s >= wait_s and not self.change.is_split:
+        if not enough and waited_s >= wait_s and self.change.is_split:
+            # The whole has its final state on its members' disks: it is founded anew from that,
+            # as after any seal without a change (healing).
+            return [GiveUp("its parts were not ready in time after the seal")]
+        if not enough and waited_s >= wait_s:
             redirect = Redirect(self.change.old_members)
             if set(self.change.targets[0].members) != set(redirect.members) or self.change.fresh:
                 return [redirect] if self._ask(redirect, now_s) else []

@@ -89,6 +89,7 @@ class Staged:
     total_bytes: int = 0
     error: str = ""
     revision: int = 0  # of the view that asked for it
+    is_restricted: bool = False  # a part of a split, from which the rest was removed
 
     def is_for(self, info: ShardInfo) -> bool:
         """Not only for that epoch: a change that was given up had the same, and other slots."""
@@ -387,13 +388,19 @@ class ReplicaSet:
                 self.node_id in info.members
                 and info.epoch > 1
                 and (served is None or served.info.epoch < info.epoch)
-                # A copy that failed after the founding is begun anew, from who serves now.
-                and (staged is None or not staged.is_for(info) or staged.state is Staging.FAILED)
+                and (staged is None or not self._is_of_use(staged, info))
                 and not (served is not None and self._goes_on_soon(served, info))
                 and self._may_hold(info.id, info.epoch)
             ):
                 found.append(info)
         return found
+
+    def _is_of_use(self, staged: Staged, info: ShardInfo) -> bool:
+        """Whether a copy can still become the replica of an epoch that is founded. Not one that
+        failed, for whom it followed has left, nor one that came too late to learn its base."""
+        if not staged.is_for(info) or staged.state is Staging.FAILED:
+            return False
+        return staged.follows == info.epoch or self._base_of(info) is not None
 
     def _goes_on_soon(self, served: Served, info: ShardInfo) -> bool:
         return served.machine.is_sealed and self._keeps_its_state(info)

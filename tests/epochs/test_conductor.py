@@ -213,3 +213,18 @@ def test_a_member_that_lost_its_replica_before_a_move_counts_with_the_copy_it_ma
     assert step(conductor, behind, 0.3) == []
     done = [*sealed, lost(Staging.COMPLETE, seal=True), copy(Staging.COMPLETE, seal=True)]
     assert step(conductor, done, 0.4) == [Found(Base(*SEAL))]
+
+
+def test_a_split_whose_parts_do_not_come_after_the_seal_is_given_up() -> None:
+    """Else nobody could write for as long as, say, the disks have no room for the parts."""
+    parts = (
+        ShardInfo("s00", 2, OLD, "n1", 0, 8_192),
+        ShardInfo("s01", 2, OLD, "n1", 8_192, 16_384),
+    )
+    split = Change("c1", "s00", 1, OLD, parts)
+    conductor = Conductor(split, 0.0)
+    sealed = [old(name, seal=True) for name in OLD]
+    timing = Timing()
+    assert not any(isinstance(s, GiveUp) for s in step(conductor, sealed, 0.0, split))
+    late_s = 5 * timing.redirect_s + 0.1
+    assert any(isinstance(s, GiveUp) for s in step(conductor, sealed, late_s, split))

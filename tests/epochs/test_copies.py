@@ -162,6 +162,16 @@ def test_a_copy_that_fails_after_the_founding_is_wanted_again(world: World) -> N
     assert replicas.wanted() == [NEW]
 
 
+def test_a_copy_that_comes_after_its_change_has_ended_is_made_anew(world: World) -> None:
+    """The others began and finished without this node: where its log begins is not known now."""
+    replicas = world.start()
+    replicas.learn(BEFORE, {"s00": MOVE}, 5)
+    world.copy(replicas, NEW)
+    replicas.learn(AFTER, {}, 9)
+    assert not replicas.served
+    assert replicas.wanted() == [NEW]
+
+
 def test_a_part_of_a_split_that_was_given_up_is_no_replica_of_the_whole(world: World) -> None:
     """A seal that came late, and a heal that found the next epoch while this node was cut off."""
     lower = ShardInfo("s00", 2, OLD.members, "n1", 0, SLOTS // 2)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from agentmem_cluster.errors import AgentMemError, BadRequest, Conflict, NotFound
+from agentmem_cluster.errors import AgentMemError, BadRequest, Conflict, NotFound, Unavailable
 from agentmem_node.model import operations as ops
 from agentmem_node.model import requests as rq
+from agentmem_node.service.stored_operations import StoredOperation, StoredStep
 from tests.epochs.conftest import Cluster, run
 
 
@@ -248,3 +249,46 @@ def test_a_split_leaves_each_memory_in_one_half_and_writes_go_on(tmp_path: Path)
             await cluster.stop()
 
     run(scenario, 110)
+
+
+def test_a_step_that_was_begun_but_not_noted_is_not_taken_for_given_up(tmp_path: Path) -> None:
+    """It keeps the members, so that its epoch alone says whether it was reached."""
+
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3"], shards=1)
+        await cluster.start("n1", "n2", "n3")
+        try:
+            await cluster.until(cluster.meta_leader, "a leader of the meta group")
+            leader = cluster.meta_leader()
+            assert leader is not None
+            operations = leader._operations
+            assert operations is not None
+            keep, lost = operations._keep, []
+
+            async def keep_all_but_one(stored: StoredOperation) -> None:
+                if stored.begun and not lost:
+                    lost.append(stored.id)
+                    raise Unavailable("The leader went away.")
+                await keep(stored)
+
+            operations._keep = keep_all_but_one  # type: ignore[method-assign]
+            view = leader._membership.view  # type: ignore[union-attr]
+            assert view is not None
+            info = view.map.shards["s00"]
+            repaired = next(m for m in info.members if m != info.preferred_leader)
+            step = StoredStep(
+                shard="s00",
+                members=list(info.members),
+                preferred=info.preferred_leader,
+                reason="a test",
+                fresh=[repaired],
+            )
+            heal = ops.OperationWish(kind="heal")
+            begun = await operations.store_new(heal, [step], "somebody")
+            done = await finished(cluster, begun)
+            assert lost and done.state == "done", done
+            assert cluster.nodes["n1"]._routing.local["s00"].info.epoch == 2, "once"
+        finally:
+            await cluster.stop()
+
+    run(scenario)

@@ -56,7 +56,7 @@ def follower(folder: Path, answer: Callable[[], Any], fatal: list[BaseException]
         node=SimpleNamespace(id="n4"), cluster=SimpleNamespace(nodes=nodes, join=False)
     )
     # It opens no replicas: what it does with them is tested with real ones.
-    replicas = SimpleNamespace(learn=lambda shard_map, changes: None)
+    replicas = SimpleNamespace(learn=lambda shard_map, changes, revision: None)
     clock = RealClock()
     link = cast("Link", Peers(answer))
     return Membership(
