@@ -90,7 +90,13 @@ class SimNet:
         if session is None or not session.open_at[sender]:
             return False
         burst: bytes = msgpack.packb(frames)
-        self._trace(f"{self._schedule.now_s:.9f} {sender}>{receiver} ".encode() + burst)
+        head = frames[0][:1] if frames and isinstance(frames[0], list) else []
+        is_call = bool(head) and isinstance(head[0], str)
+        # Of calls only what they are: pages of real files hold bytes that nobody has set.
+        shown = (
+            b"%s %d %d" % (frames[0][0].encode(), frames[0][1], len(burst)) if is_call else burst
+        )
+        self._trace(f"{self._schedule.now_s:.9f} {sender}>{receiver} ".encode() + shown)
         direction = (sender, receiver)
         if direction in self.cuts or session.stalled.get(receiver):
             stalled = session.stalled.setdefault(receiver, [])
