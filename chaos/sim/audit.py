@@ -20,14 +20,14 @@ from agentmem_cluster.raft.api import GroupSpec
 from agentmem_cluster.raft.frames import Kind
 
 COMMITTED_EVERY_S = 5.0
-COMMITTED_OF_TERM = 4  # the first of each term are audited whatever the time
+COMMITTED_OF_TERM = 1  # the first of each term is audited whatever the time
 VOTES_ALL = 10  # audited of a world's first votes, and of all later ones a part
 VOTES_SAMPLE = 0.1
 APPENDED_SAMPLE = 0.001
 # The first acknowledgements of a term are audited, each that says more than the one before, and so
 # they are after a log shrank: a flush that was under way when a new leader truncated the log must
 # not make the entries durable that replaced those it wrote.
-APPENDED_OF_TERM = 4
+APPENDED_OF_TERM = 2
 
 
 class Machine(Protocol):

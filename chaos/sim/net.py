@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import msgpack
 
+from agentmem_chaos.sim.link import ASK, TOLD
 from agentmem_chaos.sim.schedule import Schedule, stream
 
 Pair = tuple[str, str]
@@ -91,7 +92,7 @@ class SimNet:
             return False
         burst: bytes = msgpack.packb(frames)
         head = frames[0][:1] if frames and isinstance(frames[0], list) else []
-        is_call = bool(head) and isinstance(head[0], str)
+        is_call = bool(head) and head[0] in (ASK, TOLD)
         # Of calls only what they are: pages of real files hold bytes that nobody has set.
         shown = (
             b"%s %d %d" % (frames[0][0].encode(), frames[0][1], len(burst)) if is_call else burst

@@ -81,6 +81,7 @@ class SimNode:
         self._turn_planned = False
         self._timer_s = math.inf
         self._flushing = False
+        self._watched: dict[str, tuple[object, ...]] = {}
         self._shown: dict[str, tuple[bool, str | None, int]] = {}
 
     # -- life and death --
@@ -193,6 +194,7 @@ class SimNode:
         self.paused = self._turn_planned = self._flushing = self.fsync_failed = False
         self._held.clear()
         self._shown.clear()
+        self._watched.clear()
         self._net.leave(self.name, silent=silent)
         broken, self.connections = self.connections, {}
         if not silent:
@@ -393,9 +395,24 @@ class SimNode:
         """After every turn: the cheap invariants, and who leads."""
         if self.core is None or self.journal is None:
             return
+        core = self.core
         for group, spec in list(self.groups.items()):
-            status = self.core.status(group)
             log = self.journal.group(group, spec.epoch)
+            # Half of all turns change nothing here, and asking for a status is not free.
+            moving = (
+                spec.epoch,
+                log.first_index,
+                log.last_index,
+                log.durable_index,
+                log.term,
+                self.applied_index(group),
+                core.is_leader(group),
+                core.leader(group),
+            )
+            if self._watched.get(group) == moving:
+                continue
+            self._watched[group] = moving
+            status = core.status(group)
             durable_index = self.durable_index(group)
             self._invariants.turned(self.name, self.boot_number, status, log, durable_index)
             shown = (status.role is Role.LEADER, status.leader, spec.epoch)
