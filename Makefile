@@ -7,7 +7,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint check format sim failpoints soak chaos bench bench-recall lock clean
+.PHONY: help setup demo serve test lint check format sim prove failpoints soak chaos bench bench-recall lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ format: setup ## let ruff rewrite what it can
 
 sim: setup ## 600 simulated worlds with faults: 10 virtual hours
 	@$(BIN)/agentmem-chaos sim --worlds 600
+
+prove: setup ## take each protection away in the simulator, and count worlds until it is missed
+	@$(BIN)/agentmem-chaos prove
 
 failpoints: setup ## end real nodes at every failpoint, under load (ten minutes)
 	@AGENTMEM_TEST_FAILPOINTS=all $(BIN)/python -m pytest tests/failpoints

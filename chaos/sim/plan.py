@@ -180,7 +180,7 @@ class WorldPlan:
             keys_per_group=chance.randint(1, 5),
             quiet_groups=chance.random() < 0.3,
             think_s=chance.choice([(0.0, 0.2), (0.05, 0.3), (0.1, 0.6)]),
-            padding_bytes_max=chance.choice([0, 0, 100, 10_000, 20_000]),
+            padding_bytes_max=chance.choice([0, 0, 100, 10_000, 30_000]),
             segment_bytes=chance.choice([4 << 10, 16 << 10, 64 << 10, 1 << 20]),
             state_needs_room=chance.random() < 0.5,
             checkpoint_entries=chance.choice([20, 100, 1_000]),

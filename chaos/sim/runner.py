@@ -74,6 +74,7 @@ def quiet() -> Iterator[None]:
     for log in logs:
         log.setLevel(logging.CRITICAL + 1)
     gc.disable()  # a world's objects live as long as it does: looking for garbage costs a tenth
+    gc.freeze()  # and what was there before it need not be looked through after it
     try:
         yield
     finally:
@@ -81,6 +82,7 @@ def quiet() -> Iterator[None]:
             log.setLevel(level)
         gc.enable()
         gc.collect()
+        gc.unfreeze()
 
 
 def play_all(orders: Sequence[Order], *, jobs: int) -> Iterator[Outcome]:
