@@ -191,8 +191,12 @@ class SimReplicas:
                 self._begin(shard, served)
         now_s = self._home.now_s()
         for info in self.set.wanted():
-            if info.id not in self._copies and now_s >= self._retry_s.get(info.id, 0.0):
+            if now_s >= self._retry_s.get(info.id, 0.0):
                 self._retry_s[info.id] = now_s + RETRY_S
+                running = self._copies.get(info.id)
+                if running is not None:
+                    self._end(running)  # it follows an epoch that is over; what it began may end
+                    continue
                 source = self._serving_member(info)
                 if source is not None:
                     self._start_copy(self.set.begin_copy(info, "", info.epoch), info.id, source)
@@ -412,6 +416,9 @@ class SimReplicas:
         if staged.machine is not None:
             self._tail(copy)
             return
+        # What an attempt that was of no use left there, perhaps before a crash.
+        self._home.store_of(staged.info.id, staged.folder)
+        self._home.drop_store(staged.folder)
         self._ask(
             copy,
             "replica.open",
