@@ -62,8 +62,8 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def everything_held(folder: Path, code: int, said: str) -> dict[str, Any]:
-    result = result_of(folder)
     assert code == 0, said
+    result = result_of(folder)
     assert result["passed"]
     verdicts = {found["checker"]: found["verdict"] for found in result["findings"]}
     assert "violated" not in verdicts.values() and "unknown" not in verdicts.values()

@@ -86,6 +86,9 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        deadline = time.monotonic() + 30.0
+        while len(self.stored) <= 20 and self.failure is None and time.monotonic() < deadline:
+            time.sleep(0.05)  # what was to be done was quick: some more, to be judged
         self._stop.set()
         self._thread.join(30.0)
 

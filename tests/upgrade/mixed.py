@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -27,7 +27,8 @@ prepare(Path(data), layout(Path(data), int(count), int(port)), name, json.loads(
 
 
 class MixedCluster(DevCluster):
-    """`old`: the numbers of the nodes that run the previous release at first."""
+    """`old`: the numbers of the nodes that run the previous release at first; `late`: of those
+    that `begin` starts, not `start`."""
 
     def __init__(
         self,
@@ -37,10 +38,12 @@ class MixedCluster(DevCluster):
         nodes: int,
         old: set[int],
         settings: Mapping[str, Any],
+        late: set[int] | None = None,
     ) -> None:
         super().__init__(data, nodes=nodes, settings=settings)
         self._release = release
         self.old = {self.node(number).id for number in old}
+        self._late = {self.node(number).id for number in late or set()}
 
     def change(self, number: int | str, *, to_old: bool, wait_s: float = WAIT_S) -> None:
         """Stop a node as an operator does, and start the other version on its data."""
@@ -110,6 +113,17 @@ class MixedCluster(DevCluster):
 
     # -- as DevCluster is built ----------------------------------------------------------------
 
+    def _spawn(
+        self,
+        node: NodeFiles,
+        joining: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        if node.id in self._late:
+            self._late.remove(node.id)
+        else:
+            super()._spawn(node, joining, environment)
+
     def _write_files(self) -> None:
         self._release.run(
             _PREPARE,
@@ -120,9 +134,9 @@ class MixedCluster(DevCluster):
             json.dumps(self._settings),
         )
 
-    def _program_of(self, node: NodeFiles) -> list[str]:
+    def _program(self, node: NodeFiles) -> list[str]:
         if node.id not in self.old:
-            return super()._program_of(node)
+            return super()._program(node)
         return [*self._release.python, "-m", "agentmem_node.cli.main"]
 
     def _environment_of(self, node: NodeFiles) -> dict[str, str]:
