@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -27,8 +27,7 @@ prepare(Path(data), layout(Path(data), int(count), int(port)), name, json.loads(
 
 
 class MixedCluster(DevCluster):
-    """`old`: the numbers of the nodes that run the previous release at first; `late`: of those
-    that `begin` starts, not `start`."""
+    """`old`: the numbers of the nodes that run the previous release at first."""
 
     def __init__(
         self,
@@ -38,12 +37,10 @@ class MixedCluster(DevCluster):
         nodes: int,
         old: set[int],
         settings: Mapping[str, Any],
-        late: set[int] | None = None,
     ) -> None:
         super().__init__(data, nodes=nodes, settings=settings)
         self._release = release
         self.old = {self.node(number).id for number in old}
-        self._late = {self.node(number).id for number in late or set()}
 
     def change(self, number: int | str, *, to_old: bool, wait_s: float = WAIT_S) -> None:
         """Stop a node as an operator does, and start the other version on its data."""
@@ -112,17 +109,6 @@ class MixedCluster(DevCluster):
         until(agreed, f"equal digests of all members of all shards: {equal}")
 
     # -- as DevCluster is built ----------------------------------------------------------------
-
-    def _spawn(
-        self,
-        node: NodeFiles,
-        joining: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        if node.id in self._late:
-            self._late.remove(node.id)
-        else:
-            super()._spawn(node, joining, environment)
 
     def _write_files(self) -> None:
         self._release.run(

@@ -175,15 +175,3 @@ def test_a_cluster_is_upgraded_put_back_and_upgraded_again_and_moves_shards_only
             cluster.begin(node.id, old=False)
         under_load(cluster, cluster.check_digests)
         check_levels(cluster)
-
-
-@pytest.mark.parametrize("old", [{3}, {2, 3}], ids=["one old", "two old"])
-def test_nodes_of_both_versions_found_a_cluster_together(
-    tmp_path: Path, release: Release, old: set[int]
-) -> None:
-    # Two nodes found it, so both have to. A newer one that comes after older founders is not let
-    # in before they are upgraded: they cannot remember its disk.
-    with MixedCluster(tmp_path, release, nodes=3, old=old, settings=SETTINGS, late={3}) as cluster:
-        cluster.begin(3, old=True)
-        check_levels(cluster)
-        under_load(cluster, cluster.check_digests)
