@@ -393,6 +393,8 @@ class Replicas:
             raise BadRequest(f"Node {self._node_id} is not to have {body['shard']}.")
         if not self._record.is_admitted:
             raise Unavailable(f"Node {self._node_id} has not been admitted yet.")
+        if not self.set.may_copy(target):
+            return  # the instruction came late: its epoch has been founded since
         running = self._copies.get(target.id)
         staged = self.set.staged.get(target.id)
         if running is not None and not running.done():

@@ -334,6 +334,9 @@ class SimReplicas:
             raise BadRequest(f"Node {self._home.name} is not to have {body['shard']}.")
         if not self._record.is_admitted:
             raise Unavailable(f"Node {self._home.name} has not been admitted yet.")
+        if not self.set.may_copy(target):
+            reply(None)
+            return
         running = self._copies.get(target.id)
         staged = self.set.staged.get(target.id)
         if running is not None and not running.over:

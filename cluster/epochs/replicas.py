@@ -405,8 +405,21 @@ class ReplicaSet:
     def _goes_on_soon(self, served: Served, info: ShardInfo) -> bool:
         return served.machine.is_sealed and self._keeps_its_state(info)
 
+    def may_copy(self, info: ShardInfo) -> bool:
+        """Whether a copy for `info` can be of use: not once this node takes part in that epoch or
+        has closed it. The instruction to copy may come late, and the copy's folder is the
+        replica's by then."""
+        held = self.record.held.get(info.id)
+        is_held = held is not None and held.epoch >= info.epoch
+        return not is_held and self._may_hold(info.id, info.epoch)
+
     def begin_copy(self, info: ShardInfo, change_id: str, follows: int) -> Staged:
-        """A copy for `info` begins; another one of the shard is dropped. Raises OSError."""
+        """A copy for `info` begins; another one of the shard is dropped.
+
+        Raises OSError, and ValueError when it `may_copy` no more.
+        """
+        if not self.may_copy(info):
+            raise ValueError(f"epoch {info.epoch} of {info.id} is held or closed on this node")
         self._forget_ready([info.id])  # before its folder has another content
         before = self.staged.pop(info.id, None)
         if before is not None and before.machine is not None:
