@@ -228,10 +228,22 @@ class World:
         own = node.core.status(group.id)
         others = [self.nodes[name] for name in group.members if name != node.name]
         ahead = [o.core.status(group.id) for o in others if o.core and group.id in o.groups]
-        behind = all(s.first_index > own.last_index + 1 for s in ahead if s.role is Role.LEADER)
+        behind = all(
+            s.first_index > own.last_index + 1 or self._conflicts(group, node, s.first_index - 1)
+            for s in ahead
+            if s.role is Role.LEADER
+        )
         if behind:
             self.left_behind += 1
         return behind
+
+    def _conflicts(self, group: GroupSpec, node: SimNode, index: int) -> bool:
+        """Whether a replica has another entry at `index` than those who compacted it since."""
+        assert node.journal is not None
+        term = node.journal.group(group.id, group.epoch).term_at(index)
+        others = [self.nodes[name] for name in group.members if name != node.name]
+        logs = [o.journal.group(group.id, group.epoch) for o in others if o.journal is not None]
+        return all(log.term_at(index) != term for log in logs if log.first_index == index + 1)
 
     def _final_reads(self) -> None:
         """A linearizable read on every replica of every group answers, if asked now and then."""

@@ -31,6 +31,7 @@ class Following:
         self.receiving = False  # what pysyncobj acknowledges meanwhile is said here, not there
         self.floor = 0  # what every connected follower has, by the leader's word
         self.needs_reseed = False
+        self._refused: tuple[int, int] | None = None  # the last append: of which term, after what
         self._clock = clock
         self._quiet_s = quiet_s
         # What was acknowledged last (to which leadership, up to where), and when.
@@ -54,11 +55,13 @@ class Following:
         verdict = reconcile(log, member.commit_index, previous, previous_term, terms, commands)
         if isinstance(verdict, Refused):
             self._told = None
+            self._refused = term, verdict.previous
             self._pass_on(peer, term, member.commit_index, [], 0)
             voice.promise(peer, Kind.REFUSED, boot, verdict.previous, verdict.next_index)
             return True
         self.floor = floor
         self.needs_reseed = False
+        self._refused = None
         if verdict.truncate_from is not None:
             log.truncate_from(verdict.truncate_from)
             voice.mark()
@@ -102,6 +105,14 @@ class Following:
         voice.promise(peer, Kind.APPENDED, boot, verified)
 
     def on_reseed(self, peer: str, frame: list[Any]) -> bool:
+        """The leader's log begins at `frame[5]`, and what it sent last was not of use here.
+
+        Either this log ends before that, or it goes on with entries of a leader that was deposed:
+        those that it has instead are compacted.
+        """
+        first_index = frame[5]
         if frame[4] == self._member.term and peer == self._member.leader:
-            self.needs_reseed = self._log.last_index + 1 < frame[5]
+            ends_before = self._log.last_index + 1 < first_index
+            conflicts = self._refused == (self._member.term, first_index - 1)
+            self.needs_reseed = ends_before or conflicts
         return True
