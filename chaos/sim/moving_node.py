@@ -60,6 +60,7 @@ class MovingNode(SimNode):
         self._is_founder &= not record.is_admitted
         self.incarnation = record.incarnation
         in_use = {held.folder for held in record.held.values()}
+        in_use |= {ready.folder for ready in record.ready.values()}
         for folder in [f for f in self.stores if f not in in_use]:
             self.drop_store(folder)  # copies that were not whole, and what nobody takes part with
         meta = None

@@ -138,6 +138,11 @@ class SimReplicas:
         }
 
     def start(self) -> None:
+        for shard in list(self._record.ready):
+            try:
+                self.set.reopen(shard)
+            except OSError as error:
+                self._home.tell(f"cannot forget a copy that is not there: {error}")
         self.poke()
 
     # -- States: where ReplicaSet gets its state machines from -----------------------------------
@@ -339,12 +344,16 @@ class SimReplicas:
             return
         running = self._copies.get(target.id)
         staged = self.set.staged.get(target.id)
+        is_same = staged is not None and (staged.info, staged.change_id) == (target, change.id)
+        if is_same and staged is not None and staged.state is Staging.COMPLETE:
+            reply(None)
+            return
         if running is not None and not running.over:
-            if staged is not None and staged.info == target:
+            if is_same:
                 reply(None)
                 return
             running.over = True
-        if staged is None or staged.info != target or staged.machine is None:
+        if staged is None or not is_same or staged.machine is None:
             staged = self.set.begin_copy(target, change.id, change.from_epoch)
         self._start_copy(staged, change.shard, body["source"])
         reply(None)
@@ -529,7 +538,11 @@ class SimReplicas:
         self._poll(copy)
 
     def _complete(self, copy: _Copy) -> None:
-        copy.staged.state = Staging.COMPLETE
+        try:
+            self.set.complete(copy.staged)
+        except OSError as error:
+            self._fail(copy, error)
+            return
         self._end(copy)
         self.poke()
 
