@@ -397,11 +397,14 @@ class Replicas:
             return  # the instruction came late: its epoch has been founded since
         running = self._copies.get(target.id)
         staged = self.set.staged.get(target.id)
+        is_same = staged is not None and (staged.info, staged.change_id) == (target, change.id)
+        if is_same and staged is not None and staged.state is Staging.COMPLETE:
+            return
         if running is not None and not running.done():
-            if staged is not None and staged.info == target:
+            if is_same:
                 return
             running.cancel()
-        if staged is None or staged.info != target or staged.machine is None:
+        if staged is None or not is_same or staged.machine is None:
             staged = self.set.begin_copy(target, change.id, change.from_epoch)
         if change.source:
             self._start(staged, self._restore(staged, change))

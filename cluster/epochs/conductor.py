@@ -211,8 +211,15 @@ class Conductor:
         return [stage] if self._ask(stage, now_s) else []
 
     def _source_for(self, node: str, reports: Mapping[str, Report]) -> str | None:
-        """Whom to copy from: itself when it has the state, then a follower, then the leader."""
-        able = [r for r in reports.values() if r.old is not None and not r.old.needs_reseed]
+        """Whom to copy from: itself when it has the state and that is good, then a follower, then
+        the leader."""
+        able = [
+            r
+            for r in reports.values()
+            if r.old is not None
+            and not r.old.needs_reseed
+            and (r.node != node or node not in self.change.fresh)
+        ]
         if self.change.source:
             return node
         able.sort(key=lambda r: (r.node != node, bool(r.old and r.old.is_leader), r.node))

@@ -195,10 +195,20 @@ class ReplicaSet:
             return
         base = self._base_of(info)
         staged = self.staged.get(shard)
-        if staged is not None and staged.is_for(info):
+        if staged is not None and self._founds(staged, info):
             self._use_staged(info, staged, base)
         elif served is not None and base is not None and self._keeps_its_state(info):
             self._go_on(served, info, base)
+        if (
+            served is not None
+            and self.served.get(shard) is served
+            and not self._keeps_its_state(info)
+            and not served.machine.is_sealed
+            and self._groups.status(shard).leader is None
+        ):
+            # The others have left its epoch, so it will never be sealed here: a copy that follows
+            # it would wait for ever, and is to fail and be made anew.
+            self._leave(shard, info.epoch - 1)
 
     def _open_held(self, shard: str, held: Held, info: ShardInfo | None) -> None:
         """After a start: take part again in what the record says."""
@@ -218,11 +228,26 @@ class ReplicaSet:
         spec = GroupSpec(shard, held.epoch, members, preferred, held.base_index, held.base_term)
         self._serve(shown, spec, held.folder, self._states.open(shard, held.folder))
 
-    def _base_of(self, info: ShardInfo) -> Base | None:
+    def _founding(self, info: ShardInfo) -> Change | None:
+        """The change that has founded an epoch, while it is not over."""
         for change in self.changes.values():
             if change.phase is Phase.FOUNDED and change.target_of(info.id) == info:
-                return change.base
+                return change
         return None
+
+    def _base_of(self, info: ShardInfo) -> Base | None:
+        founding = self._founding(info)
+        return None if founding is None else founding.base
+
+    def _founds(self, staged: Staged, info: ShardInfo) -> bool:
+        """Whether a copy was made to be this replica. One for a change that was given up may have
+        the same target and another content: a rewind's is not what healing founds."""
+        if not staged.is_for(info):
+            return False
+        founding = self._founding(info)
+        return staged.follows == info.epoch or (
+            founding is not None and founding.id == staged.change_id
+        )
 
     def _keeps_its_state(self, info: ShardInfo) -> bool:
         change = self.changes.get(info.id)
@@ -352,7 +377,7 @@ class ReplicaSet:
         staged, new = {}, {}
         for target in change.targets:
             copy = self.staged.get(target.id)
-            if copy is not None and copy.is_for(target):
+            if copy is not None and copy.is_for(target) and copy.change_id in ("", change.id):
                 staged[target.id] = _staged_report(copy)
             here = self.served.get(target.id)
             if here is not None and here.info.epoch == target.epoch:
@@ -398,9 +423,7 @@ class ReplicaSet:
     def _is_of_use(self, staged: Staged, info: ShardInfo) -> bool:
         """Whether a copy can still become the replica of an epoch that is founded. Not one that
         failed, for whom it followed has left, nor one that came too late to learn its base."""
-        if not staged.is_for(info) or staged.state is Staging.FAILED:
-            return False
-        return staged.follows == info.epoch or self._base_of(info) is not None
+        return staged.state is not Staging.FAILED and self._founds(staged, info)
 
     def _goes_on_soon(self, served: Served, info: ShardInfo) -> bool:
         return served.machine.is_sealed and self._keeps_its_state(info)
@@ -474,12 +497,14 @@ class ReplicaSet:
         dropped = []
         for staged in current:
             info = self.map.shards.get(staged.info.id)
-            target = next(
-                (t for c in self.changes.values() for t in c.targets if t == staged.info), None
+            is_asked_for = any(
+                change.id == staged.change_id and staged.info in change.targets
+                for change in self.changes.values()
             )
+            is_needed = is_asked_for or (info is not None and self._founds(staged, info))
             is_late = info == staged.info and staged.state is Staging.FAILED
             is_known = staged.revision <= self.revision  # not so with a view kept from before
-            if is_late or (target is None and info != staged.info and is_known):
+            if is_late or (not is_needed and is_known):
                 dropped.append(staged)
         self._forget_ready(staged.info.id for staged in dropped)
         for staged in dropped:

@@ -155,6 +155,13 @@ def test_what_a_backup_cannot_give_is_given_up_before_anything_is_sealed() -> No
     assert GiveUp("n1: a chunk is damaged") in told[-1]
 
 
+def test_who_is_to_copy_anew_does_not_copy_from_itself() -> None:
+    target = ShardInfo("s00", 2, OLD, "n1", 0, 16_384)
+    anew = Change("c1", "s00", 1, OLD, (target,), fresh=("n3",))
+    members = [old("n1", leads=True), old("n2"), old("n3")]
+    assert step(Conductor(anew, 0.0), members, 0.0, anew) == [Stage("n3", "s00", "n2")]
+
+
 def test_a_report_crosses_the_link_unchanged() -> None:
     for report in (old("n1", seal=True), copy(Staging.COMPLETE, seal=True), Report("n4")):
         assert Report.from_wire(report.node, report.to_wire()) == report

@@ -67,6 +67,7 @@ class World:
     folder: Path
     states: dict[str, State] = field(default_factory=dict)
     specs: list[GroupSpec] = field(default_factory=list)
+    leader: str | None = None
 
     def start(self, node: str = "n4") -> ReplicaSet:
         disk = RealDisk(self.folder)
@@ -94,7 +95,7 @@ class World:
     def drop_log(self, group_id: str, epoch: int) -> None: ...
     def checkpoint_soon(self, group_id: str) -> None: ...
     def status(self, group_id: str) -> Any:
-        return SimpleNamespace(applied_index=BASE.index, leader=None, needs_reseed=False)
+        return SimpleNamespace(applied_index=BASE.index, leader=self.leader, needs_reseed=False)
 
     def term_at(self, group_id: str, index: int) -> int:
         return BASE.term
@@ -188,3 +189,44 @@ def test_a_part_of_a_split_that_was_given_up_is_no_replica_of_the_whole(world: W
     replicas.learn(ShardMap(2, {"s00": whole}), {"s00": heal.founded(BASE)}, 9)
     assert replicas.served["s00"].info == whole
     assert replicas.served["s00"].folder == full.folder
+
+
+def test_a_copy_for_a_change_that_was_given_up_founds_no_other_one(world: World) -> None:
+    """A rewind was given up after its seal: healing founds the same epoch with the same members,
+    from the sealed state, and not from what came out of the backup."""
+    target = ShardInfo("s00", 2, OLD.members, "n1", 0, SLOTS)
+    rewind = Change("c1", "s00", 1, OLD.members, (target,), source="backup")
+    heal = Change("c2", "s00", 1, OLD.members, (target,))
+    replicas = world.start("n1")
+    replicas.learn(BEFORE, {"s00": rewind}, 5)
+    sealed = replicas.served["s00"]
+    sealed.machine.apply([Entry(BASE.index, BASE.term, encode(Seal(1)))])
+    restored = world.copy(replicas, target)
+    assert "s00" in replicas.report(rewind).staged
+    assert "s00" not in replicas.report(heal).staged
+    replicas.learn(ShardMap(2, {"s00": target}), {"s00": heal.founded(BASE)}, 9)
+    assert replicas.served["s00"].info == target
+    assert replicas.served["s00"].folder == sealed.folder
+    assert replicas.drop_copies([restored]) == [restored]
+
+
+def test_a_copy_does_not_wait_for_a_seal_that_its_own_replica_will_never_see(
+    world: World,
+) -> None:
+    """A split or a copy anew follows the node's own replica, and that was cut off meanwhile."""
+    target = ShardInfo("s00", 2, OLD.members, "n1", 0, SLOTS)
+    anew = Change("c1", "s00", 1, OLD.members, (target,), fresh=("n3",))
+    replicas = world.start("n3")
+    replicas.learn(BEFORE, {"s00": anew}, 5)
+    staged = world.copy(replicas, target, sealed=False)
+    staged.state = Staging.FOLLOWING
+    founded = ShardMap(2, {"s00": target}), {"s00": anew.founded(BASE)}, 6
+    world.leader = "n1"
+    replicas.learn(*founded)
+    assert "s00" in replicas.served  # whoever leads the old epoch may yet tell of the seal
+    world.leader = None
+    replicas.learn(*founded)
+    assert "s00" not in replicas.served and replicas.record.closed["s00"] == 1
+    staged.state = Staging.FAILED  # its source has gone
+    assert replicas.drop_copies([staged]) == [staged]
+    assert replicas.wanted() == [target]
