@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from agentmem_cluster.epochs.commands import EpochState, Seal, Sealed, decode
+from agentmem_cluster.epochs.commands import EpochState, Sealed, decode
 from agentmem_cluster.raft.api import Entry, StateMachine
 
 
@@ -70,15 +70,24 @@ class EpochMachine:
         if not entries:
             return []
         before = self.inner.epoch_state
-        last = 0 if self.is_sealed else len(entries)
-        for at, entry in enumerate(entries):
-            if at < last and decode(entry.command) == Seal(self.epoch) and self.has_begun:
-                last = at + 1
+        last = 0 if self.is_sealed else self._end_of_epoch(entries)
         results = self.inner.apply(entries[:last]) if last else []
         self._passed = entries[-1].index
         if self.inner.epoch_state != before:
             self._on_change()
         return [*results, *[Sealed(self.epoch)] * (len(entries) - last)]
+
+    def _end_of_epoch(self, entries: Sequence[Entry]) -> int:
+        """How many of the entries belong to the epoch: all, or those up to its seal. An epoch may
+        begin and end within them."""
+        state = self.inner.epoch_state
+        for number, entry in enumerate(entries, 1):
+            control = decode(entry.command)
+            if control is not None:
+                state = state.after(control)
+                if state == (self.epoch, True):
+                    return number
+        return len(entries)
 
     def checkpoint(self) -> Any:
         return self.inner.checkpoint()

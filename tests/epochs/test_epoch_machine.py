@@ -56,6 +56,26 @@ def test_what_follows_the_seal_changes_nothing_however_it_comes_in_batches(cut: 
     assert inner.outcome("c0-2") is None
 
 
+@pytest.mark.parametrize("cut", range(1, 7))
+def test_an_epoch_may_begin_and_end_in_one_batch(cut: int) -> None:
+    """A node that starts again, or a copy of an idle shard, gets both at once."""
+    inner = registers(EpochState(1, True))
+    machine = EpochMachine(inner, 2)
+    log = entries(
+        a_write("c0-1"),
+        encode(Begin(2)),
+        a_write("c0-2"),
+        encode(Seal(2)),
+        a_write("c0-3"),
+        encode(Seal(2)),
+    )
+    results = [*machine.apply(log[:cut]), *machine.apply(log[cut:])]
+    assert (inner.applied_index, machine.applied_index) == (4, 6)
+    assert inner.outcome("c0-2") == (True, 1)
+    assert inner.outcome("c0-1") is inner.outcome("c0-3") is None
+    assert results[4:] == [Sealed(2), Sealed(2)]
+
+
 def test_a_copy_that_has_the_seal_stays_as_it_is_when_it_goes_on_following() -> None:
     info = ShardInfo("s00", 2, ("n1",), "n1", 0, 16_384)
     staged = Staged(info, "c1", 1, "s00-e2")
