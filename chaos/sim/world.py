@@ -33,6 +33,7 @@ from agentmem_cluster.shardmap import ShardMap
 WRITE_WITHIN_S = 9.0
 WRITE_WITHIN_S_OF_MOVES = 20.0  # a change may have to wait for its stragglers, and be redirected
 QUIET_S = 5.0
+MEETING_S = 2.0
 FINAL_READS_S = 5.0
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -160,9 +161,16 @@ class World:
             return
         for client in self.clients:
             client.stopped = True
-        if not self._play(plan.seconds):
+        # At one moment of these everybody has met: an election may fall on any single one.
+        if not self._play(plan.seconds - MEETING_S):
             return
-        self._converged()
+        while (apart := self._apart()) and self.schedule.now_s < plan.seconds:
+            if not self._play(min(plan.seconds, self.schedule.now_s + MEETING_S / 10)):
+                return
+        if apart:
+            self.judge.accuse("liveness", f"{apart}\n{self._statuses()}")
+        else:
+            self._final_reads()
         if not self.judge.violations:
             ledgers = {group.id: self._ledger(group) for group in self._groups_now()}
             operations = self.judge.history(self.calls, ledgers, self.schedule.now_s)
@@ -190,31 +198,26 @@ class World:
         call = self.clients[0].probe(group)
         return self._play(self.schedule.now_s + 2.0) and call.fate is Fate.ANSWERED
 
-    def _converged(self) -> None:
-        """Everybody is up, idle, at the same index with the same digest, and reads answer."""
+    def _apart(self) -> str:
+        """What keeps everybody from being up, idle, and at the same index with the same digest."""
+        self.left_behind = 0
         for client in self.clients:
             if not client.idle:
-                self.judge.accuse(
-                    "liveness", f"client {client.number} still waits\n{self._statuses()}"
-                )
-                return
+                return f"client {client.number} still waits"
         if self.plan.moves and (left := unfinished(self.movers)):
-            self.judge.accuse("liveness", f"{left}\n{self._statuses()}")
-            return
+            return left
         for group in self._groups_now():
             ends = {}
             for name in group.members:
                 node = self.nodes[name]
                 if not node.alive:
-                    self.judge.accuse("liveness", f"{name} is down at the end")
-                    return
+                    return f"{name} is down at the end"
                 if not self._was_left_behind(group, node) and not node.may_have_lost(group):
                     machine = node.machines[group.id]
                     ends[name] = (machine.applied_index, machine.digest(), machine.contents())
             if len(set(ends.values())) != 1 or 2 * len(ends) <= len(group.members):
-                self.judge.accuse("liveness", f"{group.id} did not meet\n{self._statuses()}")
-                return
-        self._final_reads()
+                return f"{group.id} did not meet"
+        return ""
 
     def _was_left_behind(self, group: GroupSpec, node: SimNode) -> bool:
         """Whether no log has what this replica lacks: then only a new epoch could bring it back.

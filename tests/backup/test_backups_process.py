@@ -326,13 +326,15 @@ def test_whoever_is_killed_a_backup_is_there_whole_or_not_at_all(tmp_path: Path)
                     return bool(found["state"] != "running")
 
                 wait_for(ended, 90)
-            assert catalog.listed(store) == []
+            # Where another member could stand in for the victim, it is there: whole.
+            assert verify(store).is_good
+            assert {item.manifest.memories for item in catalog.listed(store)} <= {800}
             cluster.restart(victim)
             cluster.wait_ready()
         done = work(OneNode(cluster.urls[2], None, None), "/backups", {"url": store.url})
         assert done["memories"] == 800
     assert verify(store).is_good
-    assert [item.id for item in catalog.listed(store)] == [done["backup"]]
+    assert done["backup"] in [item.id for item in catalog.listed(store)]
 
 
 def test_a_restore_that_is_killed_is_run_again(tmp_path: Path) -> None:
