@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from agentmem_cluster.errors import AgentMemError, DiskFull, ShuttingDown, WrongShard
+from agentmem_cluster.errors import AgentMemError, DiskFull, ShuttingDown, Unavailable, WrongShard
 from agentmem_cluster.raft.api import Applied, Entry, GroupSpec, GroupStatus, StateMachine
 from agentmem_cluster.raft.checkpoints import CheckpointJob, Checkpoints, is_full
 from agentmem_cluster.raft.frames import BOOT_BYTES, well_formed
@@ -213,10 +213,19 @@ class NodeCore:
     ) -> None:
         """On any replica: `done(index)` once a quorum confirmed it *and* it is applied here.
 
-        From `until_s` on nobody waits any more, and `done` may never be called.
+        From `until_s` on nobody waits any more, and `done` may never be called. A replica that
+        waits to be re-seeded refuses at once: another one is to be asked.
         """
         group = self._group_for(group_id, done)
-        if group is not None:
+        if group is not None and group.needs_reseed:
+            self._tell(
+                done,
+                Unavailable(
+                    f"The replica of {group_id} here is too far behind, and is to be copied anew.",
+                    hint="Ask another node.",
+                ),
+            )
+        elif group is not None:
             group.reads.ask(done, until_s)
             self._active[group_id] = None
         if self._told:

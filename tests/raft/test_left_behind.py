@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from agentmem_cluster.errors import Unavailable
 from agentmem_cluster.raft.applying import MARK_BYTES
 from agentmem_cluster.raft.settings import RaftSettings
 
@@ -40,6 +41,7 @@ def test_a_member_whose_part_of_the_log_is_compacted_needs_a_re_seed(
     assert (own.last_index + 1 < status.first_index) == (own_entries == 0)
     assert made.cores["a"].needs_reseed("g")
     assert not any(made.cores[name].needs_reseed("g") for name in "bc")
+    assert isinstance(made.read("a").one, Unavailable), "whoever asks it would wait in vain"
 
 
 def test_a_deposed_leader_that_can_be_helped_needs_none(world: Any) -> None:
