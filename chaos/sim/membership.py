@@ -44,6 +44,8 @@ HEAL_S = 1.0
 PATIENCE_S = 3.0
 CALL_S = 2.0
 REPORT_S = 0.5
+# A world ends half a minute after everything was healed, and meta leaders start to count anew.
+TIMING = do.Timing(missing_s=4.0)
 
 
 class Home(Protocol):
@@ -241,7 +243,7 @@ class SimMembership:
         for change_id, change in wanted.items():
             if change_id not in self._conducted:
                 one = self._conducted[change_id] = _Conducted(
-                    do.Conductor(change, self._home.now_s())
+                    do.Conductor(change, self._home.now_s(), TIMING)
                 )
                 self._round(one)
         self._home.later(LOOK_S, self._look)
