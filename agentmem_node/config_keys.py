@@ -213,6 +213,15 @@ class StorageSection(_Section, frozen=True):
             "leave the disks and the network to those who read and write.",
         ),
     ] = 256 * MIB
+    scrub_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=366 * 86_400,
+            description="How often every row of a replica is compared with its checksum, beside "
+            "soon after it is served; 0: never. What has rotted is made anew from the others.",
+        ),
+    ] = 86_400.0
     journal_segment_bytes: Annotated[
         int,
         Meta(

@@ -18,6 +18,7 @@
     |   |-- MapMoved                503  the request was begun on an older shard map: begin again
     |   |-- NoQuorum                503  a minority refuses rather than guess
     |   |-- DiskFull                503  writes refused, reads go on
+    |   |-- StateDamaged            503  this replica is not what was written; others have it
     |   |-- ModelUnavailable        503  no embedding model; says how to get one
     |   `-- ShuttingDown            503
     |-- DeadlineExceeded            504  the outcome of a write is unknown: retry with the same id
@@ -132,6 +133,10 @@ class NoQuorum(Unavailable):
 class DiskFull(Unavailable):
     code = "disk_full"
     retry_after_s = 10.0
+
+
+class StateDamaged(Unavailable):
+    code = "state_damaged"
 
 
 class ModelUnavailable(Unavailable):

@@ -33,6 +33,7 @@ class ReplicaReport:
     lag: int  # entries that are committed, as far as the node knows, and not applied
     needs_reseed: bool
     is_sealed: bool = False  # its epoch is over: it serves nobody, and goes away
+    is_damaged: bool = False  # something in it is not what was written
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,9 @@ def _freshness(view: _View, lag_max: int) -> Finding:
     for node, report in view.open_replicas():
         if not view.is_current(node, report):
             continue
-        if report.needs_reseed:
+        if report.is_damaged:
+            faults.append(f"{node} has a damaged replica of {report.shard}, to be made anew")
+        elif report.needs_reseed:
             faults.append(f"{node} needs {report.shard} to be re-seeded")
         elif report.lag > lag_max:
             faults.append(f"{node} is {report.lag:,} entries behind in {report.shard}")

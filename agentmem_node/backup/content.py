@@ -12,6 +12,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
+from agentmem_node.model.ids import format_id
+from agentmem_node.storage.checkpoint import RecordDamaged
 from agentmem_node.storage.layout import (
     HISTORY_HEAD,
     HISTORY_KEY,
@@ -23,6 +25,7 @@ from agentmem_node.storage.layout import (
     unpack_doc,
 )
 from agentmem_node.storage.store import HistoryRow
+from agentmem_node.storage.sums import is_past, is_row, is_vector
 
 DIGEST_BYTES: Final = 32
 _MODULUS: Final = 1 << (8 * DIGEST_BYTES)
@@ -57,10 +60,11 @@ class Row(NamedTuple):
 def rows(txn: Any, db: Any, tenant_number: int = 0) -> Iterator[Row]:
     """The rows that an LMDB transaction sees, of all tenants or of one, by tenant and id.
 
-    `db`: the sub-databases by name.
+    `db`: the sub-databases by name. Raises RecordDamaged: what is not as it was written must be
+    no part of a backup, nor of what is restored.
     """
     names = tenants(txn, db)
-    docs, vectors, history = db["docs"], db["vectors"], db["history"]
+    docs, vectors, history, sums = db["docs"], db["vectors"], db["history"], db["sums"]
     past = txn.cursor(db=history)
     cursor = txn.cursor(db=db["ids"])
     if not cursor.set_range(U32.pack(tenant_number)):
@@ -72,13 +76,17 @@ def rows(txn: Any, db: Any, tenant_number: int = 0) -> Iterator[Row]:
         doc, deleted_version = ID_ROW.unpack(value)
         number = U64.pack(doc)
         found = txn.get(number, db=docs)
+        vector = txn.get(number, db=vectors)
+        kept = txn.get(number, db=sums)
+        if found is not None and not (is_row(kept, found) and is_vector(kept, vector)):
+            raise RecordDamaged(f"Memory {format_id(key[U32.size :])} is not what was written.")
         yield Row(
             names[tenant],
             bytes(key[U32.size :]),
             deleted_version,
             None if found is None else unpack_doc(found),
-            txn.get(number, db=vectors),
-            _past(past, doc),
+            vector,
+            _past(txn, past, sums, doc),
         )
 
 
@@ -95,13 +103,15 @@ def tenants(txn: Any, db: Any) -> dict[int, str]:
     return names
 
 
-def _past(cursor: Any, doc: int) -> list[HistoryRow]:
+def _past(txn: Any, cursor: Any, sums: Any, doc: int) -> list[HistoryRow]:
     found: list[HistoryRow] = []
     if cursor.set_range(HISTORY_KEY.pack(doc, 0)):
         for key, value in cursor:
             of, version = HISTORY_KEY.unpack(key)
             if of != doc:
                 break
+            if not is_past(txn.get(key, db=sums), value):
+                raise RecordDamaged(f"Version {version} of a memory is not what was written.")
             at_ms, event = HISTORY_HEAD.unpack_from(value)
             found.append(HistoryRow(version, at_ms, event, value[HISTORY_HEAD.size :]))
     return found

@@ -187,9 +187,7 @@ def _look(store: Store, tenant: int | None, key: bytes) -> _Seen:
         return _ABSENT
     if located.deleted_version:
         return _Seen(located.deleted_version, False, "")
-    row = store.row(located.doc)
-    if row is None:
-        raise AssertionError(f"the row of {format_id(key)} is lost")
+    row = store.live(located.doc, key)
     return _Seen(row.version, True, memory_of(row).scope.owner)
 
 
@@ -319,7 +317,6 @@ def _delete(store: Store, tenant: Scope, write: Write, op: Delete, changes: list
 
 def _live(store: Store, tenant: Scope, op: Op) -> tuple[int, DocRow]:
     located = store.locate(tenant.number, op.id)
-    row = None if located is None else store.row(located.doc)
-    if located is None or row is None:
+    if located is None:
         raise AssertionError(f"the plan saw {format_id(op.id)}, but it is not there")
-    return located.doc, row
+    return located.doc, store.live(located.doc, op.id)

@@ -29,20 +29,25 @@ class StoreSource:
     def scan(self, tenant: str, owner: str | None) -> Iterator[IndexDoc]:
         """Live memories in `doc` order. Entries may be applied while it is consumed: what they
         change is seen or not, and is told to the index anyway."""
-        scope = scope_of(self._store, tenant, owner)
-        if scope is None:
-            return
-        for doc in self._store.docs_of(scope.number).tolist():
-            row = self._store.row(doc)
+        store = self._store
+        with store.reading:
+            scope = scope_of(store, tenant, owner)
+            docs = [] if scope is None else store.docs_of(scope.number).tolist()
+        for doc in docs:
+            assert scope is not None
+            with store.reading:
+                row = store.of_scope(doc, scope.number)
+                vector = None if row is None else store.vector(doc)
             if row is not None:
-                yield index_doc(doc, tenant, row, self._store.vector(doc))
+                yield index_doc(doc, tenant, row, vector)
 
     def count(self, tenant: str, owner: str | None) -> int:
         scope = scope_of(self._store, tenant, owner)
         return 0 if scope is None else scope.memories
 
     def vectors(self, docs: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        return self._store.vectors(docs.tolist())
+        with self._store.reading:
+            return self._store.vectors(docs.tolist())
 
     def records(self, docs: Sequence[int]) -> list[bytes]:
         return [self._record(doc) for doc in docs]
@@ -51,7 +56,8 @@ class StoreSource:
         return _any_decoder.decode(self._record(doc))
 
     def _record(self, doc: int) -> bytes:
-        record = self._store.record(doc)
+        with self._store.reading:
+            record = self._store.record(doc)
         if record is None:
             raise KeyError(f"memory number {doc} is deleted, or never was")
         return record

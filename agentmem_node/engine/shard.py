@@ -24,12 +24,14 @@ from agentmem_node.model.ids import format_id
 from agentmem_node.model.memory import HistoryEntry, Memory
 from agentmem_node.model.records import Page, Stored, decode_memory
 from agentmem_node.model.times import format_ms
-from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, CheckpointJob
+from agentmem_node.storage.checkpoint import RecordDamaged
+from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, PAGE_ERRORS, CheckpointJob
 from agentmem_node.storage.layout import DocRow
 from agentmem_node.storage.ledger import ADDED, EVENTS, FeedItem, LedgerBounds
 from agentmem_node.storage.restrict import restrict
 from agentmem_node.storage.snapshot import StorageSnapshot
 from agentmem_node.storage.store import Located, Store
+from agentmem_node.storage.sums import scrub
 
 if TYPE_CHECKING:
     from agentmem_node.index.shard_index import ShardIndex
@@ -40,7 +42,7 @@ _COMMIT_BYTES: Final = 1 << 20
 # What a command can add to the file at most, beyond twice its bytes: pages of the trees that it
 # changes, most of them shared between commands.
 _COMMAND_BYTES: Final = 16 << 10
-_OP_BYTES: Final = 12 << 10
+_OP_BYTES: Final = 16 << 10
 _HISTORY_VERSIONS: Final = 1_000
 
 
@@ -86,6 +88,10 @@ class Shard:
             raise InternalError(f"Shard {self.id} was opened without an index.")
         return self._index
 
+    def watch(self, on_damaged: Callable[[RecordDamaged], None]) -> None:
+        """`on_damaged` is told of a row that is not what was written, before its reader is."""
+        self._store.on_damaged = on_damaged
+
     # -- the state machine --------------------------------------------------------------
 
     @property
@@ -107,6 +113,8 @@ class Shard:
     def apply(self, entries: Sequence[Entry]) -> list[Result]:
         """One result an entry. Raises DiskFull, having applied none of them: try again later.
 
+        RecordDamaged: what an entry builds on is not what was written. From then on it applies
+        nothing and makes no checkpoint, and only a copy of another replica helps.
         After any other exception the shard refuses everything: the node must stop, and its next
         start replays the journal from the checkpoint.
         """
@@ -142,15 +150,24 @@ class Shard:
             if changes and self._index is not None:
                 self._index.apply(changes)
             failpoint("apply.after_batch")
+        except PAGE_ERRORS as error:
+            raise self._store.broken(error) from error
         except BaseException as error:
             self._failure = error
+            if isinstance(error, RecordDamaged):
+                self._store.on_damaged(error)
             raise
         return results
 
     def checkpoint(self) -> CheckpointJob | None:
+        if self._damage is not None:
+            return None  # an entry may be half applied
         self._check()
         try:
             job = self._store.env.begin_checkpoint()
+        except PAGE_ERRORS as error:
+            self._store.broken(error)
+            return None
         except BaseException as error:
             self._failure = error
             raise
@@ -167,9 +184,15 @@ class Shard:
         self._check()
         try:
             return self._store.env.open_snapshot()
+        except PAGE_ERRORS as error:
+            raise self._store.broken(error) from error
         except BaseException as error:
             self._failure = error
             raise
+
+    def scrub(self, snapshot: StorageSnapshot) -> Iterator[int]:
+        """Look at every row of a snapshot of this shard: `agentmem_node.storage.sums.scrub`."""
+        return scrub(snapshot, self.databases, self._store.env.folder)
 
     def rebase(self, index: int, ended: int) -> None:
         """Take the place of the final state of epoch `ended`, whose last entry is `index`: what
@@ -208,7 +231,7 @@ class Shard:
     def close(self) -> None:
         """Leave a checkpoint behind, when that works: the next start has then nothing to replay."""
         try:
-            job = None if self._failure else self.checkpoint()
+            job = None if self._failure else self.checkpoint()  # none of what is damaged either
             if job is not None:
                 job.run()
                 self.checkpoint_done(job)
@@ -224,7 +247,8 @@ class Shard:
 
     def get(self, tenant: str, key: bytes) -> Stored | None:
         """A live memory; expired ones too (`Stored.is_expired`)."""
-        found = self._find(tenant, key)
+        with self._store.reading:
+            found = self._find(tenant, key)
         return None if found is None else _stored(found[1])
 
     def get_many(self, tenant: str, keys: Sequence[bytes]) -> list[Stored | None]:
@@ -233,24 +257,25 @@ class Shard:
     def inspect(self, tenant: str, key: bytes) -> tuple[int, bytes | None, bytes | None]:
         """(version, record, vector) of an id: the record of a deleted memory is None, and the
         version of one that never was here is 0."""
-        located = self._locate(tenant, key)
-        if located is None:
-            return 0, None, None
-        if located.deleted_version:
-            return located.deleted_version, None, None
-        row = self._store.row(located.doc)
-        assert row is not None
-        return row.version, row.record, self._store.vector(located.doc)
+        with self._store.reading:
+            located = self._locate(tenant, key)
+            if located is None:
+                return 0, None, None
+            if located.deleted_version:
+                return located.deleted_version, None, None
+            row = self._store.live(located.doc, key)
+            return row.version, row.record, self._store.vector(located.doc)
 
     def history(
         self, tenant: str, key: bytes, limit: int = _HISTORY_VERSIONS
     ) -> list[HistoryEntry]:
         """The newest `limit` versions, oldest first, of a live or deleted memory."""
-        located = self._locate(tenant, key)
-        if located is None:
-            return []
-        # One more than asked: an entry says what the content was before it.
-        rows = self._store.history(located.doc, limit + 1)
+        with self._store.reading:
+            located = self._locate(tenant, key)
+            if located is None:
+                return []
+            # One more than asked: an entry says what the content was before it.
+            rows = self._store.history(located.doc, limit + 1)
         entries: list[HistoryEntry] = []
         before: Memory | None = None
         for row in rows:
@@ -280,16 +305,18 @@ class Shard:
 
     def feed(self, tenant: str, after: tuple[int, int], limit: int) -> list[FeedItem]:
         """Changes of a tenant's memories after a place in its feed, oldest first."""
-        scope = self._store.scopes.tenant(tenant)
-        return [] if scope is None else self._store.ledger.feed(scope.number, after, limit)
+        with self._store.reading:
+            scope = self._store.scopes.tenant(tenant)
+            return [] if scope is None else self._store.ledger.feed(scope.number, after, limit)
 
     def ledger_lookup(self, tenant: str, request_id: bytes) -> WriteResult | None:
         """What a write under this request id answered, if the shard still remembers one."""
-        scope = self._store.scopes.tenant(tenant)
-        entry = None if scope is None else self._store.ledger.find(scope.number, request_id)
-        if scope is None or entry is None:
-            return None
-        outcomes = self._store.ledger.outcomes(scope.number, entry.log_index)
+        with self._store.reading:
+            scope = self._store.scopes.tenant(tenant)
+            entry = None if scope is None else self._store.ledger.find(scope.number, request_id)
+            if scope is None or entry is None:
+                return None
+            outcomes = self._store.ledger.outcomes(scope.number, entry.log_index)
         return WriteResult(outcomes, replayed=True, index=entry.log_index)
 
     def stats(self) -> dict[str, int]:
@@ -323,19 +350,20 @@ class Shard:
 
         A caller that filters many lets others run between pages.
         """
-        scope = scope_of(self._store, tenant, owner)
         items: list[Stored] = []
-        if scope is None:
-            return Page(items, None)
-        last = None
-        for scanned, row in enumerate(self._store.newest(scope.number, after)):
-            if len(items) >= limit or scanned >= scan_max:
-                return Page(items, last)
-            last = (row.created_ms, row.id)
-            if row.expires_ms is not None and row.expires_ms <= now_ms:
-                continue
-            if accept is None or accept(memory_of(row)):
-                items.append(_stored(row))
+        with self._store.reading:
+            scope = scope_of(self._store, tenant, owner)
+            if scope is None:
+                return Page(items, None)
+            last = None
+            for scanned, row in enumerate(self._store.newest(scope.number, after)):
+                if len(items) >= limit or scanned >= scan_max:
+                    return Page(items, last)
+                last = (row.created_ms, row.id)
+                if row.expires_ms is not None and row.expires_ms <= now_ms:
+                    continue
+                if accept is None or accept(memory_of(row)):
+                    items.append(_stored(row))
         return Page(items, None)
 
     def list(
@@ -375,7 +403,14 @@ class Shard:
                 moved += 2 * self._store.history_bytes(located.doc)
         return moved
 
+    @property
+    def _damage(self) -> RecordDamaged | None:
+        failure = self._store.failure or self._failure
+        return failure if isinstance(failure, RecordDamaged) else None
+
     def _check(self) -> None:
+        if self._damage is not None:
+            raise self._damage
         if self._failure is not None:
             raise InternalError(
                 f"Shard {self.id} failed earlier: {self._failure}.",
@@ -390,8 +425,7 @@ class Shard:
         located = self._locate(tenant, key)
         if located is None or located.deleted_version:
             return None
-        row = self._store.row(located.doc)
-        return None if row is None else (located.doc, row)
+        return located.doc, self._store.live(located.doc, key)
 
 
 def _stored(row: DocRow) -> Stored:

@@ -42,8 +42,8 @@ async def balance_leaders(
             if status.last_index - status.match_index.get(home, 0) > _LAG_MAX:
                 continue
             try:
-                # It may still load its model, or be about to stop.
-                await membership.ask(home, "shard.may_lead")
+                # It may still load its model, be about to stop, or have a damaged replica.
+                await membership.ask(home, "shard.may_lead", {"shard": shard_id})
                 await local.group.transfer(home, deadline=now_s + _TRANSFER_S)
                 log.info("gave the leadership of %s to %s", shard_id, home)
                 break

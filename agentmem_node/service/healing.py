@@ -104,12 +104,13 @@ class Healing:
         for shard, info in view.map.shards.items():
             if shard in view.changes or shard in steps or not has_quorum(info.members, nodes):
                 continue
-            fresh, reason = self._useless(view, shard, reports)
+            fresh, lame, reason = self._useless(view, shard, reports)
             if reason:
                 wrong[shard, info.epoch, reason] = reason
                 since_s = self._wrong_since.setdefault((shard, info.epoch, reason), now_s)
-                healthy = len(info.members) - len(fresh)
-                if now_s - since_s >= _PATIENCE_S and 2 * healthy > len(info.members):
+                voting = len(info.members) - len(lame)
+                has_source = len(fresh) < len(info.members)
+                if now_s - since_s >= _PATIENCE_S and has_source and 2 * voting > len(info.members):
                     steps[shard] = StoredStep(
                         shard=shard,
                         members=list(info.members),
@@ -122,10 +123,14 @@ class Healing:
 
     def _useless(
         self, view: View, shard: str, reports: dict[str, NodeReport]
-    ) -> tuple[list[str], str]:
-        """Members whose replica must be copied anew, and why the shard needs another epoch."""
+    ) -> tuple[list[str], list[str], str]:
+        """Members whose replica must be copied anew; those of them that cannot confirm the seal
+        either; and why the shard needs another epoch."""
         info = view.map.shards[shard]
-        fresh, sealed, reasons = [], False, []
+        fresh: list[str] = []
+        lame: list[str] = []
+        reasons: list[str] = []
+        sealed = False
         for member in info.members:
             report = reports.get(member)
             if report is None or shard in report.copying:
@@ -133,12 +138,17 @@ class Healing:
             mine = [r for r in report.replicas if r.shard == shard and r.epoch == info.epoch]
             if not mine:
                 fresh.append(member)
+                lame.append(member)
                 reasons.append(f"{member} has lost its replica")
+            elif mine[0].is_damaged:
+                fresh.append(member)  # its journal is not, so that it votes and keeps entries
+                reasons.append(f"the replica of {member} is damaged")
             elif mine[0].needs_reseed:
                 fresh.append(member)
+                lame.append(member)
                 reasons.append(f"{member} is too far behind")
             else:
                 sealed |= mine[0].is_sealed
         if sealed and not reasons:
             reasons.append("its epoch was sealed and no other founded")
-        return fresh, ", ".join(reasons)
+        return fresh, lame, ", ".join(reasons)

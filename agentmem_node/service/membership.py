@@ -572,11 +572,11 @@ class Membership:
         """Who leads the meta group, as far as this node knows."""
         return None if self._meta is None else self._meta.leader
 
-    async def ask(self, node: str, method: str) -> Any:
+    async def ask(self, node: str, method: str, body: dict[str, Any]) -> Any:
         """One call of another node. Raises its error, Unavailable, DeadlineExceeded."""
         if self._link is None:
             raise Unavailable(f"Node {node} is unknown: this node runs alone.")
-        return await self._link.call(node, method, {}, timeout=_CALL_S)
+        return await self._link.call(node, method, body, timeout=_CALL_S)
 
     def is_connected(self, node: str) -> bool:
         return self._routing.is_connected(node)

@@ -20,6 +20,7 @@ from agentmem_cluster.errors import (
     ModelUnavailable,
     NotLeader,
     ShuttingDown,
+    StateDamaged,
     Unavailable,
 )
 from agentmem_cluster.journal.journal import Journal
@@ -65,6 +66,7 @@ from agentmem_node.service.read import Reads
 from agentmem_node.service.replicas import Replicas
 from agentmem_node.service.rewinding import fetch
 from agentmem_node.service.routing import Routing
+from agentmem_node.service.scrubbing import Scrubbing
 from agentmem_node.service.search import Searches
 from agentmem_node.service.status import Status
 from agentmem_node.service.survey import Survey
@@ -287,7 +289,13 @@ class Node:
         )
         self._joins.serve()
         self._status = Status(
-            config, self._routing, self._membership, self._host, self._journal, self._link
+            config,
+            self._routing,
+            self._membership,
+            self._replicas,
+            self._host,
+            self._journal,
+            self._link,
         )
         self._check_disk(disk)
         self._tasks.append(asyncio.create_task(self._watch_disk(disk), name="disk-watch"))
@@ -321,7 +329,11 @@ class Node:
             config.replicas,
             config.cluster.lost_after_ms / 1000,
         )
+        self._scrubbing = Scrubbing(
+            self._routing, self.clock, config.storage.scrub_s, self._replicas.found_damaged
+        )
         for name, work in (
+            ("scrubbing", self._scrubbing.run()),
             ("changes", self.changes.run()),
             ("operations", self._operations.run()),
             ("healing", healing.run()),
@@ -408,6 +420,9 @@ class Node:
         deadline = self.clock.monotonic() + 5.0
         while self.clock.monotonic() < deadline and not self._status.ready()[0]:
             await asyncio.sleep(0.02)
+        # What rotted while the node was down is found before anybody is answered by it; of shards
+        # that take longer, soon after.
+        await self._scrubbing.wait_once(deadline - self.clock.monotonic())
 
     # -- shards ---------------------------------------------------------------------------
 
@@ -457,8 +472,10 @@ class Node:
 
     # -- stop -----------------------------------------------------------------------------
 
-    async def _on_may_lead(self, _peer: str, _body: dict[str, Any]) -> None:
+    async def _on_may_lead(self, _peer: str, body: dict[str, Any]) -> None:
         """`shard.may_lead`: a peer is about to give this node a leadership."""
+        if self._replicas is not None and body.get("shard") in self._replicas.damaged:
+            raise StateDamaged(f"The replica of {body['shard']} on {self.node_id} is damaged.")
         if self._is_leaving:
             raise ShuttingDown(f"Node {self.node_id} is shutting down.")
 

@@ -22,6 +22,7 @@ from agentmem_cluster.errors import (
     InvalidField,
     MapMoved,
     NotLeader,
+    StateDamaged,
     Unavailable,
     WrongShard,
 )
@@ -40,6 +41,7 @@ from agentmem_node.service.fanout import FanOut, Gathered
 from agentmem_node.service.routing import LocalShard, Routing
 from agentmem_node.service.tokens import decode_token, encode_token
 from agentmem_node.service.write import not_found
+from agentmem_node.storage.checkpoint import RecordDamaged
 
 T = TypeVar("T")
 # Memories that a filtered list looks at before it lets others run: about 10 ms.
@@ -328,10 +330,13 @@ class Reads:
             elif isinstance(local, BaseException):
                 raise local
             else:
-                if prepare is not None:
-                    await prepare(local)
-                answer = read(local)
-                answers[shard_id] = await answer if inspect.isawaitable(answer) else answer
+                try:
+                    if prepare is not None:
+                        await prepare(local)
+                    answer = read(local)
+                    answers[shard_id] = await answer if inspect.isawaitable(answer) else answer
+                except RecordDamaged as error:
+                    answers[shard_id] = error  # another replica has it
         return answers
 
     async def answer_each(
@@ -341,10 +346,16 @@ class Reads:
         prepare: Callable[[LocalShard], Awaitable[None]] | None = None,
     ) -> dict[str, Any]:
         """The peer's side of `ask_each`: None for a shard that cannot be answered here now."""
+        here = self._routing.local
+        damaged = [s for s, *_ in body["shards"] if s in here and here[s].is_damaged]
         answers = await self._read_here(
-            body["shards"], read, body["consistency"], self._deadline_of(body), prepare
+            [one for one in body["shards"] if one[0] not in damaged],
+            read,
+            body["consistency"],
+            self._deadline_of(body),
+            prepare,
         )
-        return {
+        return dict.fromkeys(damaged) | {
             shard: None if isinstance(answer, AgentMemError) else answer
             for shard, answer in answers.items()
         }
@@ -372,8 +383,9 @@ class Reads:
         """Ask one replica of one shard; its error is the caller's."""
         epochs = {shard_id: self._routing.current_map().shards[shard_id].epoch}
         local = self._routing.local.get(shard_id)
-        if local is not None and local.group.is_leader:
-            with suppress(WrongShard, NotLeader):  # it has changed hands: ask the others
+        if local is not None and local.group.is_leader and not local.is_damaged:
+            # It has changed hands, or its replica has lost what is asked for: ask the others.
+            with suppress(WrongShard, NotLeader, RecordDamaged):
                 await settle(local, consistency, at, deadline)
                 return read(local)  # the usual case: no task, no timer
 
@@ -405,9 +417,12 @@ class Reads:
                 raise MapMoved(f"Shard {shard} has changed hands.", hint="Retry.")
 
     async def _settled_of(self, body: dict[str, Any]) -> LocalShard:
-        return await self._settled(
+        local = await self._settled(
             body["shard"], body["epoch"], body["at"], body["consistency"], self._deadline_of(body)
         )
+        if local.is_damaged:
+            raise StateDamaged(f"The replica of {local.info.id} on this node is damaged.")
+        return local
 
 
 def filters_to_wire(filters: dict[str, Any] | None) -> bytes | None:

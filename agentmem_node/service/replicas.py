@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -20,9 +21,10 @@ from agentmem_cluster.epochs.machine import EpochAware, EpochMachine
 from agentmem_cluster.epochs.record import LocalRecord
 from agentmem_cluster.epochs.replicas import ReplicaSet, Served, Staged
 from agentmem_cluster.epochs.reports import Staging
-from agentmem_cluster.errors import AgentMemError, BadRequest, NotLeader, Unavailable
+from agentmem_cluster.errors import AgentMemError, BadRequest, NotLeader, StateDamaged, Unavailable
 from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.link.link import Link
+from agentmem_cluster.raft.api import GroupStatus
 from agentmem_cluster.raft.applying import LogBehind
 from agentmem_cluster.raft.host import AsyncGroup, Host
 from agentmem_cluster.runtime import Clock, Disk
@@ -30,7 +32,7 @@ from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
 from agentmem_node.service.copying import Pace, Paused, Sources, asker, receive, tail
 from agentmem_node.service.routing import LocalShard, Routing
-from agentmem_node.storage.checkpoint import StorageDamaged
+from agentmem_node.storage.checkpoint import RecordDamaged, StorageDamaged
 from agentmem_node.storage.snapshot import discard, partial_folder
 
 log = logging.getLogger("agentmem.replicas")
@@ -78,16 +80,17 @@ class Replicas:
             node_id,
             disk,
             record,
-            _Groups(host, self._leaving),
+            _Groups(host, self._leaving, lambda shard: shard in self.damaged),
             self,
             on_served=self._served,
             on_gone=self._gone,
             on_change=self.poke,
         )
         self.lost: dict[str, str] = {}  # shard -> why its replica here is of no use
+        self.damaged: dict[str, str] = {}  # shard -> what of its replica is not what was written
         self._record = record
         self._disk = disk
-        self._sources = Sources(self._local, clock)
+        self._sources = Sources(self._whole, clock)
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._copies: dict[str, asyncio.Task[None]] = {}
@@ -187,7 +190,21 @@ class Replicas:
         shard = served.machine.inner
         assert isinstance(shard, Shard)
         self.lost.pop(served.info.id, None)
+        self.damaged.pop(served.info.id, None)
+        shard.watch(partial(self.found_damaged, served.info.id))
         self._routing.serve(LocalShard(served.info, group, shard, served.machine))
+        self.poke()
+
+    def found_damaged(self, shard: str, error: RecordDamaged) -> None:
+        """A replica holds something else than was written. It goes on voting, and serves what is
+        whole, until healing has made another of the other members' (`service/healing.py`)."""
+        if shard in self.damaged or shard not in self.set.served:
+            return
+        log.error("%s", error)
+        self.damaged[shard] = str(error)
+        local = self._routing.local.get(shard)
+        if local is not None:
+            local.is_damaged = True
         self.poke()
 
     def _leaving(self, shard: str) -> None:
@@ -230,6 +247,10 @@ class Replicas:
                 task = asyncio.create_task(self._begin(local, served), name=f"begin-{shard}")
                 self._begins[shard] = task
                 task.add_done_callback(partial(self._begin_ended, shard))
+        for shard in self.damaged:
+            if self._host.core.is_leader(shard):
+                self._host.core.resign(shard)  # what it cannot read, nobody could write
+                self._host.wake()
         for info in self.set.wanted():
             if now_s >= self._retry_s.get(info.id, 0.0):
                 self._retry_s[info.id] = now_s + _RETRY_S
@@ -275,11 +296,21 @@ class Replicas:
                 shard = self.set.settling
                 if shard not in self._record.held:
                     raise
+                if self._is_only_member(shard):
+                    raise StorageDamaged(
+                        f"The replica of shard {shard} here cannot be used: {error}",
+                        hint=f"Node {self._node_id} has the only one. Restore the cluster from a "
+                        "backup into an empty data directory (`agentmem backup restore`).",
+                    ) from error
                 log.error("the replica of %s here is of no use: %s", shard, error)
                 self.lost[shard] = str(error)
                 held = self._record.held[shard]
                 with self._record.kept(self._disk):
                     self._record.close(shard, held.epoch)
+
+    def _is_only_member(self, shard: str) -> bool:
+        info = None if self.set.map is None else self.set.map.shards.get(shard)
+        return info is not None and info.members == (self._node_id,)
 
     def _serving_member(self, info: ShardInfo) -> str | None:
         leader = self._routing.leader_of(info.id)
@@ -593,6 +624,12 @@ class Replicas:
 
     # -- inside ----------------------------------------------------------------------------------
 
+    def _whole(self, shard: str, epoch: int) -> LocalShard:
+        """The replica here, to be copied from. Raises WrongShard, StateDamaged."""
+        if epoch != -1 and shard in self.damaged:
+            raise StateDamaged(f"The replica of {shard} on {self._node_id} is damaged.")
+        return self._local(shard, epoch)
+
     def _local(self, shard: str, epoch: int) -> LocalShard:
         """The replica here. Epoch -1: whichever it is. Raises WrongShard."""
         local = self._routing.local.get(shard)
@@ -612,9 +649,12 @@ async def _no_link(*_: Any, **__: Any) -> Any:
 class _Groups:
     """The host, as `ReplicaSet` sees it."""
 
-    def __init__(self, host: Host, leaving: Callable[[str], None]) -> None:
+    def __init__(
+        self, host: Host, leaving: Callable[[str], None], is_damaged: Callable[[str], bool]
+    ) -> None:
         self._host = host
         self._leaving = leaving
+        self._is_damaged = is_damaged
 
     def add_group(self, spec: Any, machine: Any) -> AsyncGroup:
         return self._host.add_group(spec, machine)
@@ -630,8 +670,10 @@ class _Groups:
         self._host.core.checkpoint_soon(group_id)
         self._host.wake()
 
-    def status(self, group_id: str) -> Any:
-        return self._host.core.status(group_id)
+    def status(self, group_id: str) -> GroupStatus:
+        """A damaged replica is of no use for the next epoch: it is to be copied, and not from."""
+        status = self._host.core.status(group_id)
+        return replace(status, needs_reseed=True) if self._is_damaged(group_id) else status
 
     def term_at(self, group_id: str, index: int) -> int:
         return self._host.core.term_at(group_id, index)

@@ -58,6 +58,13 @@ class LocalShard:
     shard: Shard
     machine: EpochMachine
     hold: Hold = field(default_factory=Hold)
+    # Something in it is not what was written; it may hide what it should show.
+    is_damaged: bool = False
+
+    @property
+    def is_asked_last(self) -> bool:
+        """Others answer reads, as long as there are any."""
+        return self.is_damaged or self.group.needs_reseed
 
     async def propose(self, command: bytes, deadline: float) -> Applied:
         """Replicate and apply a command. Raises WrongShard, certainly not done, when the epoch of
@@ -316,13 +323,13 @@ class Routing:
     def replica_for_read(self, shard_id: str, avoid: Iterable[str] = ()) -> str | None:
         """This node when it has a replica, else a connected member, the leader first.
 
-        A replica that waits to be seeded anew will not catch up: it is asked last.
+        A replica that waits to be made anew is asked last.
         """
         avoided = set(avoid)
         here = self.local.get(shard_id)
         if self.node_id in avoided:
             here = None
-        if here is not None and not here.group.needs_reseed:
+        if here is not None and not here.is_asked_last:
             return self.node_id
         info = self.current_map().shards[shard_id]
         order = sorted(info.members, key=lambda m: m != self._leader_hints.get(shard_id))

@@ -41,6 +41,7 @@ from agentmem_node.service.read import (
     session_tokens,
 )
 from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.storage.checkpoint import RecordDamaged
 
 _NO_STATISTICS = TextStats(0, 0, ())
 _WEIGHT_MIN = 0.001
@@ -106,21 +107,12 @@ class Searches:
         query = search.query
         tokens = session_tokens(request.consistency, request.token)
         shards = self._reads.shards_of(caller.tenant, query.scope)
-        local = self._routing.local.get(shards[0]) if len(shards) == 1 else None
-        if (
-            local is not None
-            and not local.group.needs_reseed
-            and await self._reads.settles_soon(
-                local, request.consistency, tokens.get(shards[0], 0), caller.deadline
-            )
-        ):
-            # The usual case, and the fastest: one shard, and this node has it.
-            if local.shard.index.needs_build(query):
-                await local.build(query)
-            fused = local.shard.index.search_local(query)
-            answer = SearchAnswer(fused.hits, [], {shards[0]: local.shard.applied_index})
-        else:
-            answer, fused = await self._over_shards(caller, request, search, shards, tokens)
+        found = None
+        if len(shards) == 1:
+            found = await self._here(caller, request, query, shards[0], tokens)
+        if found is None:
+            found = await self._over_shards(caller, request, search, shards, tokens)
+        answer, fused = found
         answer.next_after = fused.next_after
         if fused.next_after is not None:
             asked = query if request.vector is not None else replace(query, vector=None)
@@ -128,6 +120,32 @@ class Searches:
             answer.details["next_cursor"] = f"{cursor}.{query.now_ms:x}"
         answer.took_ms = (self._clock.monotonic() - begun) * 1000
         return answer
+
+    async def _here(
+        self,
+        caller: Caller,
+        request: rq.SearchRequest,
+        query: SearchQuery,
+        shard: str,
+        tokens: dict[str, int],
+    ) -> tuple[SearchAnswer, Fused] | None:
+        """The usual case, and the fastest: one shard, and this node has it. None: ask others."""
+        local = self._routing.local.get(shard)
+        if (
+            local is None
+            or local.is_asked_last
+            or not await self._reads.settles_soon(
+                local, request.consistency, tokens.get(shard, 0), caller.deadline
+            )
+        ):
+            return None
+        try:
+            if local.shard.index.needs_build(query):
+                await local.build(query)
+            fused = local.shard.index.search_local(query)
+        except RecordDamaged:
+            return None
+        return SearchAnswer(fused.hits, [], {shard: local.shard.applied_index}), fused
 
     @staticmethod
     def encode_cursor(_request: rq.SearchRequest, answer: SearchAnswer) -> str | None:

@@ -22,6 +22,7 @@ from agentmem_node.observe.snapshot import (
 )
 from agentmem_node.providers.base import EmbeddingProvider
 from agentmem_node.service.membership import Membership
+from agentmem_node.service.replicas import Replicas
 from agentmem_node.service.routing import Routing
 
 _ROLES: dict[Role, RaftRole] = {
@@ -48,6 +49,7 @@ class Status:
         config: Config,
         routing: Routing,
         membership: Membership,
+        replicas: Replicas,
         host: Host,
         journal: Journal,
         link: Link | None,
@@ -55,6 +57,7 @@ class Status:
         self._config = config
         self._routing = routing
         self._membership = membership
+        self._replicas = replicas
         self._host = host
         self._journal = journal
         self._link = link
@@ -136,7 +139,7 @@ class Status:
             status = group.status()
             if status.needs_reseed:
                 lost.append(group_id)  # other replicas answer for it
-            if status.leader is None:
+            elif status.leader is None:
                 leaderless.append(group_id)
             elif status.commit_index - status.applied_index > _READY_LAG_MAX:
                 behind.append(group_id)
@@ -146,6 +149,8 @@ class Status:
             reasons["catching_up"] = behind
         if lost:
             reasons["replica_needs_reseed"] = lost
+        if self._replicas.damaged:
+            reasons["replica_damaged"] = sorted(self._replicas.damaged)
         if self.disk_is_full:
             reasons["disk"] = "almost full: writes are refused, reads are served"
         return is_member and not (leaderless or behind), reasons

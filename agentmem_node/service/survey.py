@@ -74,6 +74,7 @@ class Survey:
                     max(0, status.commit_index - status.applied_index),
                     status.needs_reseed,
                     local.machine.is_sealed,
+                    shard in self._replicas.damaged,
                 ]
             )
             sizes[shard] = local.shard.stats()["bytes"]

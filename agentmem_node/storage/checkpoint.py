@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agentmem_cluster.errors import InternalError
+from agentmem_cluster.errors import InternalError, StateDamaged
 from agentmem_cluster.failpoints import failpoint
 
 FILE_NAME: Final = "checkpoint"
@@ -33,6 +33,12 @@ class StorageDamaged(InternalError):
     """A shard's files are not what was written. The node does not start on them."""
 
     code = "storage_damaged"
+
+
+class RecordDamaged(StateDamaged):
+    """A row is not what was written: its checksum is wrong. Another replica has it."""
+
+    code = "record_damaged"
 
 
 @dataclass(frozen=True, slots=True)

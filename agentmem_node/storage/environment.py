@@ -56,9 +56,20 @@ from agentmem_node.storage.checkpoint import (
 from agentmem_node.storage.snapshot import StorageSnapshot, pinned
 
 _STATE_KEY: Final = b"state"
+# What the state row was when the sums were last in step with the rows: an earlier version of
+# AgentMem, which knows of no sums, moves the one and leaves the other.
+_SUMMED_KEY: Final = b"summed"
 _STATE_DB: Final = "state"
 _LOCK_NAME: Final = "lock.mdb"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A page of the file is none that LMDB wrote. The last: what every call answers after one of the
+# others, for the transaction is of no more use.
+PAGE_ERRORS: Final = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+    lmdb.BadTxnError,
+)
 # Address space, not disk: pages are allocated as they are used.
 MAP_BYTES_DEFAULT: Final = 64 << 30
 # The file grows in steps, so that a shard that is filled does not call the file system for
@@ -109,7 +120,17 @@ class CheckpointJob:
 class Environment:
     """See the module. Not safe for threads: all calls come from the thread that opened it."""
 
-    def __init__(self, folder: Path, databases: Sequence[str], map_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        databases: Sequence[str],
+        map_bytes: int,
+        added_later: Sequence[str] = (),
+    ) -> None:
+        """`added_later`: those of `databases` that a file of an earlier version lacks.
+
+        Raises StorageDamaged, DiskFull, InternalError when another process has it open.
+        """
         self.folder = folder
         # What the state row shall hold whenever a transaction is committed.
         self.state: Callable[[], bytes] = bytes
@@ -142,12 +163,17 @@ class Environment:
         self.txn: Any = None
         self.db: dict[str, Any] = {}
         self.durable_state = checkpoint.state
-        fault = self._start(databases)
+        self.is_summed = False  # the sums are of these rows
+        try:
+            fault = self._start(databases, added_later)
+        except DiskFull:
+            self._close()
+            raise
         if fault is not None:
             self._close()
             raise damaged(folder / DATA_NAME, fault)
 
-    def _start(self, databases: Sequence[str]) -> str | None:
+    def _start(self, databases: Sequence[str], added_later: Sequence[str]) -> str | None:
         """Open the databases and the first transaction. Returns what is wrong with the file."""
         # Before any page is touched: reading a mapped file past its end kills the process.
         if os.fstat(self._data_fd).st_size < self._end:
@@ -155,9 +181,15 @@ class Environment:
         try:
             self._state_db = self._env.open_db(_STATE_DB.encode(), create=False)
             for name in databases:
-                self.db[name] = self._env.open_db(name.encode(), create=False)
+                if name in added_later and not self._has(name):
+                    self._allocate(self._end + _GROW_BYTES_MIN)
+                    self.db[name] = self._env.open_db(name.encode(), create=True)
+                else:
+                    self.db[name] = self._env.open_db(name.encode(), create=False)
+            self._end = self._committed_end()
             self.txn = self._env.begin(write=True)
             found = self.txn.get(_STATE_KEY, db=self._state_db)
+            self.is_summed = self.txn.get(_SUMMED_KEY, db=self._state_db) == found
         except lmdb.Error as error:
             return str(error)
         if found != self.durable_state:
@@ -181,6 +213,7 @@ class Environment:
                 env.open_db(name.encode())
             with env.begin(write=True) as txn:
                 txn.put(_STATE_KEY, state, db=state_db)
+                txn.put(_SUMMED_KEY, state, db=state_db)
             page_bytes = env.stat()["psize"]
         finally:
             env.close()
@@ -221,7 +254,8 @@ class Environment:
         self.reserved += size_bytes
 
     def commit(self, reserved: int = 0) -> None:
-        """End the transaction and begin the next. Bounds memory; promises nothing.
+        """End the transaction and begin the next. Bounds memory; promises nothing. Raises one of
+        `PAGE_ERRORS`, after which nothing can be done here, and InternalError.
 
         `reserved`: how much of what was reserved is for changes still to come.
         """
@@ -231,9 +265,12 @@ class Environment:
         try:
             failpoint("apply.before_commit")
             self.txn.put(_STATE_KEY, state, db=self._state_db)
+            self.txn.put(_SUMMED_KEY, state, db=self._state_db)
             self.txn.commit()
             failpoint("apply.after_commit")
             self.txn = self._env.begin(write=True)
+        except PAGE_ERRORS:
+            raise
         except lmdb.Error as error:
             raise InternalError(
                 f"{self.folder / DATA_NAME} could not be written: {error}.",
@@ -302,6 +339,10 @@ class Environment:
         return self._end
 
     # -- within -------------------------------------------------------------------------
+
+    def _has(self, database: str) -> bool:
+        with self._env.begin() as txn:
+            return txn.get(database.encode()) is not None
 
     def _close(self) -> None:
         for snapshot in self._snapshots:

@@ -5,6 +5,8 @@
     vectors  doc                     -> float32 little-endian
     order    scope, created, id      -> doc          each memory under its tenant and its owner
     history  doc, version            -> time, event, record    versions that are not current
+    sums     doc                     -> CRC32 of its row in docs, of its vector
+             doc, version            -> CRC32 of its row in history
     scopes   0, hash of a tenant     -> number, live memories, name
              tenant, hash of an owner -> the same
     feed     tenant, log index       -> time, (event, status, version, id) of each operation
@@ -15,6 +17,8 @@
 Numbers in keys are big-endian, so that they sort; a `doc` is a memory's number within the shard,
 a `scope` the number of a tenant or of an owner of a tenant. The current version of a memory is
 in `docs` alone: adding a memory writes no history.
+
+A row without a sum was written by a version of AgentMem that had none, and is taken as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +39,10 @@ DATABASES: Final = (
     "feed",
     "ledger",
     "due",
+    "sums",
 )
+# Databases that shards of earlier versions lack.
+ADDED_LATER: Final = ("sums",)
 
 DIGEST_BYTES: Final = 32
 NAME_HASH_BYTES: Final = 16
@@ -52,6 +59,7 @@ FEED_HEAD: Final = struct.Struct(">q")
 FEED_OP: Final = struct.Struct(">BBI16s")
 LEDGER_HEAD: Final = struct.Struct(">Qq")
 DUE_HEAD: Final = struct.Struct(">q")
+SUMS: Final = struct.Struct(">II")  # of a live memory: its row, its vector (of b"" without one)
 
 # Moves signed times into the unsigned range, so that times before 1970 sort before later ones.
 _TIME_BIAS: Final = 1 << 63

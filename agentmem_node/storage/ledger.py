@@ -24,6 +24,7 @@ from agentmem_node.storage.layout import (
     U64,
     State,
 )
+from agentmem_node.storage.sums import damaged
 
 _STATUSES: Final[tuple[OpStatus, ...]] = ("ok", "conflict", "not_found", "exists", "skipped")
 _STATUS_CODES: Final = {status: code for code, status in enumerate(_STATUSES)}
@@ -82,8 +83,10 @@ class Ledger:
         return LedgerEntry(index, row[LEDGER_HEAD.size :])
 
     def outcomes(self, tenant: int, index: int) -> tuple[Outcome, ...]:
-        """What the command at a log index answered."""
+        """What the command at a log index answered. Raises RecordDamaged."""
         row = self._env.txn.get(FEED_KEY.pack(tenant, index), db=self._feed)
+        if row is None:
+            raise damaged(self._env.folder, f"what leads to the outcome of entry {index}")
         return tuple(
             Outcome(_STATUSES[status], key, version)
             for _, status, version, key in FEED_OP.iter_unpack(row[FEED_HEAD.size :])

@@ -94,6 +94,7 @@ def _remove_live(store: Store, doc: int, fewer: Counter[int]) -> None:
     row = unpack_doc(txn.get(key, db=db["docs"]))
     txn.delete(key, db=db["docs"])
     txn.delete(key, db=db["vectors"])
+    txn.delete(key, db=db["sums"])
     txn.delete(U32.pack(row.tenant) + row.id, db=db["ids"])
     for scope in {row.tenant, row.scope}:
         txn.delete(order_key(scope, row.created_ms, row.id), db=db["order"])
@@ -112,6 +113,7 @@ def _remove_history(store: Store, doc: int) -> None:
     cursor = store.env.txn.cursor(db=store.env.db["history"])
     found = cursor.set_range(HISTORY_KEY.pack(doc, 0))
     while found and HISTORY_KEY.unpack(cursor.key())[0] == doc:
+        store.env.txn.delete(cursor.key(), db=store.env.db["sums"])
         found = cursor.delete() and bool(cursor.key())
 
 

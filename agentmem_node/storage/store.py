@@ -6,22 +6,25 @@ the last entry applied. Everything happens on one thread (`agentmem_node.storage
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 
-from agentmem_node.storage.checkpoint import DATA_NAME, damaged
-from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, Environment
+from agentmem_node.storage.checkpoint import DATA_NAME, RecordDamaged, damaged
+from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, PAGE_ERRORS, Environment
 from agentmem_node.storage.layout import (
+    ADDED_LATER,
     DATABASES,
     DOC_HEAD_BYTES,
     HISTORY_HEAD,
     HISTORY_KEY,
     ID_ROW,
     ORDER_KEY,
+    SUMS,
     U32,
     U64,
     DocRow,
@@ -32,6 +35,8 @@ from agentmem_node.storage.layout import (
 )
 from agentmem_node.storage.ledger import ADDED, DELETED, UPDATED, Ledger, LedgerBounds
 from agentmem_node.storage.scopes import Scope, Scopes
+from agentmem_node.storage.sums import damaged as row_damaged
+from agentmem_node.storage.sums import is_past, is_row, is_vector
 
 _FIRST_VERSION: Final = 1
 
@@ -62,6 +67,23 @@ class HistoryRow(NamedTuple):
     record: bytes
 
 
+class _Reading:
+    """What LMDB says of its own pages, told as damage."""
+
+    __slots__ = ("_store",)
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __enter__(self) -> None:
+        if self._store.failure is not None:
+            raise self._store.failure
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, PAGE_ERRORS):
+            raise self._store.broken(error) from error
+
+
 class Store:
     def __init__(self, env: Environment, state: State, bounds: LedgerBounds) -> None:
         self.env = env
@@ -73,6 +95,12 @@ class Store:
         self._vectors = env.db["vectors"]
         self._order = env.db["order"]
         self._history = env.db["history"]
+        self._sums = env.db["sums"]
+        # Told of a row whose checksum is wrong, before whoever reads it is.
+        self.on_damaged: Callable[[RecordDamaged], None] = lambda error: None
+        # A page of the file is none of LMDB's: then its transaction is of no more use.
+        self.failure: RecordDamaged | None = None
+        self.reading = _Reading(self)
         self._no_vector = bytes(4 * state.dim)
         env.state = state.pack
 
@@ -90,7 +118,7 @@ class Store:
         Raises StorageDamaged, and InternalError when another process has it open.
         """
         if folder.exists():
-            env = Environment(folder, DATABASES, map_bytes)
+            env = Environment(folder, DATABASES, map_bytes, ADDED_LATER)
         else:
             env = Environment.create(folder, DATABASES, State(dim).pack(), map_bytes)
         state = State.unpack(env.durable_state)
@@ -102,6 +130,12 @@ class Store:
         if state is None or what is not None:
             env.close()
             raise damaged(folder / DATA_NAME, what or "")
+        if not env.is_summed:
+            try:
+                env.txn.drop(env.db["sums"], delete=False)
+            except PAGE_ERRORS as error:
+                env.close()
+                raise damaged(folder / DATA_NAME, str(error)) from error
         return cls(env, state, LedgerBounds() if bounds is None else bounds)
 
     # -- writes -------------------------------------------------------------------------
@@ -113,7 +147,7 @@ class Store:
         state = self.state
         first = state.next_doc
         tenant_key = U32.pack(tenant.number)
-        ids, docs, vectors, order = [], [], [], []
+        ids, docs, vectors, order, sums = [], [], [], [], []
         for doc, new in enumerate(memories, first):
             owner = new.owner
             key = U64.pack(doc)
@@ -128,7 +162,9 @@ class Store:
                 new.expires_ms,
                 new.record,
             )
-            docs.append((key, pack_doc(row)))
+            data = pack_doc(row)
+            docs.append((key, data))
+            sums.append((key, SUMS.pack(crc32(data), crc32(new.vector or b""))))
             if new.vector is not None:
                 vectors.append((key, new.vector))
             order.append((order_key(owner.number, new.created_ms, new.id), key))
@@ -145,6 +181,7 @@ class Store:
         cursor(db=self._ids).putmulti(ids)
         # Numbers only grow: appending fills pages instead of splitting them in half.
         cursor(db=self._docs).putmulti(docs, append=True)
+        cursor(db=self._sums).putmulti(sums, append=True)
         if vectors:
             cursor(db=self._vectors).putmulti(vectors, append=True)
         cursor(db=self._order).putmulti(order)
@@ -167,10 +204,17 @@ class Store:
         new = old._replace(
             version=old.version + 1, updated_ms=updated, expires_ms=expires_ms, record=record
         )
-        key = U64.pack(doc)
-        self.env.txn.put(key, pack_doc(new), db=self._docs)
+        key, data, txn = U64.pack(doc), pack_doc(new), self.env.txn
+        kept = txn.get(key, db=self._sums) if vector is None else None
+        if kept is not None:
+            vector_sum = SUMS.unpack(kept)[1]
+        else:
+            known = vector if vector is not None else txn.get(key, b"", db=self._vectors)
+            vector_sum = crc32(known)
+        txn.put(key, data, db=self._docs)
+        txn.put(key, SUMS.pack(crc32(data), vector_sum), db=self._sums)
         if vector is not None:
-            self.env.txn.put(key, vector, db=self._vectors)
+            txn.put(key, vector, db=self._vectors)
         return new
 
     def delete(self, doc: int, old: DocRow, tenant: Scope, owner: Scope, at_ms: int) -> None:
@@ -180,10 +224,11 @@ class Store:
         key = U64.pack(doc)
         version = old.version + 1
         head = HISTORY_HEAD.pack(max(at_ms, old.updated_ms), DELETED)
-        txn.put(HISTORY_KEY.pack(doc, version), head, db=self._history)
+        self._put_history(HISTORY_KEY.pack(doc, version), head)
         txn.put(U32.pack(tenant.number) + old.id, ID_ROW.pack(doc, version), db=self._ids)
         txn.delete(key, db=self._docs)
         txn.delete(key, db=self._vectors)
+        txn.delete(key, db=self._sums)
         txn.delete(order_key(owner.number, old.created_ms, old.id), db=self._order)
         self.scopes.count(owner, -1)
         if owner is not tenant:
@@ -196,11 +241,16 @@ class Store:
         key = U64.pack(self.state.next_doc)
         txn = self.env.txn
         updated_ms = new.updated_ms
-        for row_key, row in self._history_rows(doc):
+        rows = self._history_rows(doc)
+        for row_key, row in rows:
+            self._check_history(row_key, row)
             updated_ms = max(updated_ms, HISTORY_HEAD.unpack_from(row)[0])
-            txn.put(key + row_key[U64.size :], row, db=self._history)
+        added = self.add(tenant, [new._replace(updated_ms=updated_ms)], version)
+        for row_key, row in rows:
+            self._put_history(key + row_key[U64.size :], row)
             txn.delete(row_key, db=self._history)
-        return self.add(tenant, [new._replace(updated_ms=updated_ms)], version)
+            txn.delete(row_key, db=self._sums)
+        return added
 
     def history_bytes(self, doc: int) -> int:
         """What the versions of a memory take that are not current."""
@@ -219,7 +269,11 @@ class Store:
     def _keep(self, doc: int, old: DocRow) -> None:
         event = ADDED if old.version == _FIRST_VERSION else UPDATED
         row = HISTORY_HEAD.pack(old.updated_ms, event) + old.record
-        self.env.txn.put(HISTORY_KEY.pack(doc, old.version), row, db=self._history)
+        self._put_history(HISTORY_KEY.pack(doc, old.version), row)
+
+    def _put_history(self, key: bytes, row: bytes) -> None:
+        self.env.txn.put(key, row, db=self._history)
+        self.env.txn.put(key, U32.pack(crc32(row)), db=self._sums)
 
     # -- reads --------------------------------------------------------------------------
 
@@ -228,21 +282,48 @@ class Store:
         return None if row is None else Located(*ID_ROW.unpack(row))
 
     def row(self, doc: int) -> DocRow | None:
-        """A live memory by its number."""
-        data = self.env.txn.get(U64.pack(doc), db=self._docs)
+        """A live memory by its number. Raises RecordDamaged, as all that reads a memory does."""
+        data = self._doc(doc)
         return None if data is None else unpack_doc(data)
+
+    def of_scope(self, doc: int, scope: int) -> DocRow | None:
+        """A live memory by its number, as one of a scope's. Raises RecordDamaged too when it is
+        not: it must not be shown to another owner."""
+        row = self.row(doc)
+        if row is not None and scope not in (row.tenant, row.scope):
+            raise self._damaged(f"what leads to memory number {doc}")
+        return row
+
+    def live(self, doc: int, key: bytes) -> DocRow:
+        """The memory that an id leads to, which is not deleted. Raises RecordDamaged too when it
+        leads nowhere, or to another one."""
+        row = self.row(doc)
+        if row is None or row.id != key:
+            raise self._damaged(f"what leads to memory number {doc}")
+        return row
 
     def record(self, doc: int) -> bytes | None:
         """The JSON of a live memory, without reading its header."""
-        data = self.env.txn.get(U64.pack(doc), db=self._docs)
+        data = self._doc(doc)
         return None if data is None else data[DOC_HEAD_BYTES:]
 
+    def _doc(self, doc: int) -> bytes | None:
+        key, get = U64.pack(doc), self.env.txn.get
+        data: bytes | None = get(key, db=self._docs)
+        if data is not None and not is_row(get(key, db=self._sums), data):
+            raise self._damaged(f"memory number {doc}")
+        return data
+
     def vector(self, doc: int) -> bytes | None:
-        data: bytes | None = self.env.txn.get(U64.pack(doc), db=self._vectors)
+        key, get = U64.pack(doc), self.env.txn.get
+        data: bytes | None = get(key, db=self._vectors)
+        if not is_vector(get(key, db=self._sums), data):
+            raise self._damaged(f"the vector of memory number {doc}")
         return data
 
     def vectors(self, docs: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Shape (len(docs), dim); zeros where a memory has none."""
+        """Shape (len(docs), dim); zeros where a memory has none. Not checked against the sums:
+        a search takes hundreds, and a damaged one changes no answer but its rank."""
         get, db, pack, none = self.env.txn.get, self._vectors, U64.pack, self._no_vector
         joined = bytearray().join([get(pack(doc), none, db) for doc in docs])
         return np.frombuffer(joined, dtype="<f4").reshape(len(docs), self.state.dim)
@@ -261,11 +342,10 @@ class Store:
         elif not cursor.last():
             return
         for key, value in cursor.iterprev():
-            if ORDER_KEY.unpack(key)[0] != scope:
+            found, _, memory_id = ORDER_KEY.unpack(key)
+            if found != scope:
                 return
-            row = self.row(U64.unpack(value)[0])
-            if row is not None:
-                yield row
+            yield self.live(U64.unpack(value)[0], memory_id)
 
     def docs_of(self, scope: int) -> npt.NDArray[np.int64]:
         """The numbers of a scope's live memories, ascending."""
@@ -279,6 +359,8 @@ class Store:
                 docs.append(value)
         numbers = np.frombuffer(b"".join(docs), dtype=">i8").astype(np.int64)
         numbers.sort()
+        if len(numbers) and not 0 < numbers[0] <= numbers[-1] < self.state.next_doc:
+            raise self._damaged(f"the order of scope {scope}")
         return numbers
 
     def history(self, doc: int, limit: int) -> list[HistoryRow]:
@@ -295,12 +377,31 @@ class Store:
                 of, version = HISTORY_KEY.unpack(key)
                 if of != doc or len(rows) >= limit:
                     break
+                self._check_history(key, value)
                 at_ms, event = HISTORY_HEAD.unpack_from(value)
                 rows.append(HistoryRow(version, at_ms, event, value[HISTORY_HEAD.size :]))
         rows.reverse()
         return rows
 
+    def _check_history(self, key: bytes, row: bytes) -> None:
+        if not is_past(self.env.txn.get(key, db=self._sums), row):
+            doc, version = HISTORY_KEY.unpack(key)
+            raise self._damaged(f"version {version} of memory number {doc}")
+
+    def broken(self, error: Exception) -> RecordDamaged:
+        """LMDB has met such a page."""
+        if self.failure is None:
+            self.failure = self._damaged(f"a page ({error})")
+        return self.failure
+
+    def _damaged(self, what: str) -> RecordDamaged:
+        error = row_damaged(self.env.folder, what)
+        self.on_damaged(error)
+        return error
+
     def entries(self, database: str) -> int:
-        """Rows of a sub-database, those not yet committed included."""
+        """Rows of a sub-database, those not yet committed included; 0 of a broken file."""
+        if self.failure is not None:
+            return 0
         count: int = self.env.txn.stat(self.env.db[database])["entries"]
         return count

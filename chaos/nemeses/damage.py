@@ -118,10 +118,16 @@ class _DamageNode(Nemesis):
                 await field.hosts.kill(node)
             if not field.hosts.is_running(node):
                 if self._backup is not None and self._file is not None:
+                    self._file.parent.mkdir(exist_ok=True)  # it may have been put aside
                     shutil.copyfile(self._backup, self._file)
                 await field.hosts.start(node)
             # What it lost it must have again before another node is struck.
-            await wait_ready(field.hosts, field.nodes, RECOVER_S_MAX)
+            await wait_ready(
+                field.hosts,
+                field.nodes,
+                RECOVER_S_MAX,
+                but_for=("replica_damaged", "replica_needs_reseed"),
+            )
         if self._backup is not None:
             self._backup.unlink(missing_ok=True)
 
@@ -142,6 +148,8 @@ class TruncateJournal(_DamageNode):
 class FlipLmdb(_DamageNode):
     name: ClassVar[str] = "flip-lmdb"
     description: ClassVar[str] = "bits of a stopped node's LMDB file flip"
+    # It takes a moment until every row was looked at.
+    hold_s: ClassVar[tuple[float, float]] = (3.0, 4.0)
     patterns: ClassVar[tuple[str, ...]] = ("shards/*/data.mdb",)
     flips: ClassVar[int] = 16
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import aiohttp
 
@@ -15,21 +15,27 @@ PROBE_S_MAX = 1.0
 _POLL_S = 0.05
 
 
-async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+async def is_ready(session: aiohttp.ClientSession, url: str, but_for: Collection[str] = ()) -> bool:
+    """Whether a node serves; not one that gives any of these reasons why something is amiss."""
     try:
         async with asyncio.timeout(PROBE_S_MAX), session.get(f"{url}/health/ready") as answer:
-            await answer.read()
-            return answer.status == 200
-    except (aiohttp.ClientError, OSError, TimeoutError):
+            said = await answer.json()
+            reasons = said.get("reasons", {})
+            return answer.status == 200 and not any(name in reasons for name in but_for)
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
         return False
 
 
-async def wait_ready(hosts: Hosts, nodes: Sequence[str], seconds: float) -> float:
+async def wait_ready(
+    hosts: Hosts, nodes: Sequence[str], seconds: float, but_for: Collection[str] = ()
+) -> float:
     """The seconds until all of them were ready at once. Raises ChaosError with the log's end."""
     began = time.monotonic()
     async with aiohttp.ClientSession() as session:
         while True:
-            ready = await asyncio.gather(*(is_ready(session, hosts.url(node)) for node in nodes))
+            ready = await asyncio.gather(
+                *(is_ready(session, hosts.url(node), but_for) for node in nodes)
+            )
             took_s = time.monotonic() - began
             if all(ready):
                 return took_s

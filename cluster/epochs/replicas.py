@@ -170,9 +170,6 @@ class ReplicaSet:
         info = self.map.shards.get(shard)
         served = self.served.get(shard)
         held = self.record.held.get(shard)
-        if served is not None and served.info.epoch <= self.record.closed.get(shard, 0):
-            self._leave(shard, served.info.epoch)  # given up by `give_up`
-            served = None
         if served is None and held is not None:
             self._open_held(shard, held, info)
             served = self.served.get(shard)
@@ -341,13 +338,6 @@ class ReplicaSet:
         if served is not None:
             self._stop(served)
             self._on_gone(shard)
-
-    def give_up(self, shard: str) -> None:
-        """Never take part again with the replica that is here: what it holds is not what was
-        written. It is so at once, even if this process ends now; the rest is `settle`'s, as this
-        may be called by who is just using the replica. Raises OSError, having changed nothing."""
-        with self.record.kept(self._disk):
-            self.record.close(shard, self.served[shard].info.epoch)
 
     # -- what others ask -----------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from agentmem_cluster.errors import DiskFull
+from agentmem_cluster.errors import DiskFull, StateDamaged
 from agentmem_cluster.raft.api import Entry, StateMachine
 from agentmem_cluster.raft.settings import RaftSettings
 
@@ -67,7 +67,8 @@ class Applier:
         self._checkpointing = False
         self._checkpoint_soon = False
         self.retained: int | None = None  # entries after it are asked for by others than members
-        self.stalled: DiskFull | None = None
+        # Why it applies nothing now. It still votes, and keeps what the leader sends.
+        self.stalled: DiskFull | StateDamaged | None = None
         self._retry_s = 0.0
         step = MARK_BYTES // GUESSED_ENTRY_BYTES
         for index in range(log.first_index - 1, machine.applied_index + 1, step):
@@ -86,7 +87,7 @@ class Applier:
         entries = self._log.slice(first, last, self._settings.apply_bytes_max)
         try:
             results = self._machine.apply(entries)
-        except DiskFull as error:
+        except (DiskFull, StateDamaged) as error:
             self.stalled = error
             self._retry_s = now_s + self._settings.disk_retry_s
             return (), ()
@@ -105,6 +106,11 @@ class Applier:
         if not self._marks or self._bytes - self._marks[-1][1] >= MARK_BYTES:
             self._marks.append((end, self._bytes))
         return entries, results
+
+    @property
+    def is_damaged(self) -> bool:
+        """Only a copy of another member's state helps."""
+        return isinstance(self.stalled, StateDamaged)
 
     def retry_s(self) -> float:
         """When a batch that met a full disk is tried again."""

@@ -98,6 +98,7 @@ class Group:
         self._count = False  # the leader has a reason to count replicas again
         self._durable = log.durable_index
         self._transfer: tuple[str, float] | None = None
+        self._resigned_to: set[str] = set()
         self.disk_full: AgentMemError | None = None
 
     # -- inputs from this node --
@@ -125,6 +126,19 @@ class Group:
         able = self._leading.able(to)
         if able is not None:
             self._transfer = (able, self._clock.monotonic() + self._settings.transfer_s_max)
+
+    def resign(self) -> None:
+        """Hand leadership over because this replica cannot serve it: in turn to each of the others,
+        which may not be able to either."""
+        if self._leading is None or self._transfer is not None:
+            return
+        to = self._leading.able(None, self._resigned_to)
+        if to is None:
+            self._resigned_to.clear()
+            to = self._leading.able(None)
+        if to is not None:
+            self._resigned_to.add(to)
+            self.transfer(to)
 
     def synced(self) -> bool:
         """A flush has ended. True when it covered entries of this group."""
@@ -276,11 +290,11 @@ class Group:
             self._transfer = (self._node_id, until_s)
 
     def _apply(self, now_s: float) -> bool:
-        stalled = self._applier.stalled
+        was_stalled = self._applier.stalled is not None
         entries, results = self._applier.step(self.member.commit_index, now_s)
         if not entries:
-            if stalled is None and self._applier.stalled is not None:
-                self.transfer(None)  # another node's disk may have room
+            if self._applier.is_damaged or (self._applier.stalled and not was_stalled):
+                self.resign()  # another node's disk may have room, or its state be whole
             return False
         self.member.applied(self._applier.applied_index)
         for done, outcome in self._proposals.applied(entries, results):
@@ -324,7 +338,8 @@ class Group:
 
     @property
     def needs_reseed(self) -> bool:
-        return self._leading is None and self._following.needs_reseed
+        is_behind = self._leading is None and self._following.needs_reseed
+        return is_behind or self._applier.is_damaged
 
     def status(self) -> GroupStatus:
         member, log = self.member, self.log

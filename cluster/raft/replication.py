@@ -10,7 +10,7 @@ then *fed*: appends leave without waiting for answers, up to a window.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -139,12 +139,14 @@ class Replication:
     def _is_untold(self, progress: Progress) -> bool:
         return not progress.probing and progress.commit_told < self.commit_index
 
-    def able(self, to: str | None) -> str | None:
-        """A follower that could take over soon: `to`, or the one that has most."""
+    def able(self, to: str | None, besides: Container[str] = ()) -> str | None:
+        """A follower that could take over soon: `to`, or of those not in `besides` the one that
+        has most."""
         able = [
             peer
             for peer in self._up
             if to in (None, peer)
+            and peer not in besides
             and not self.peers[peer].probing
             and not self.peers[peer].needs_reseed
         ]

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from agentmem_cluster.raft.api import Entry
+from agentmem_node.engine.shard import Shard
 from agentmem_node.model.commands import Add, Op, Write, encode_write
 from agentmem_node.model.ids import format_id
 from agentmem_node.model.memory import Memory
@@ -46,6 +47,17 @@ def an_entry(index: int, *ops: Op, request: int | None = None, atomic: bool = Fa
     request_id = hashlib.blake2b(b"%d" % seed, digest_size=16).digest()
     write = Write(request_id, b"body", "acme", START_MS + index, ops, atomic)
     return Entry(index, 1, encode_write(write))
+
+
+def check_sums(shard: Shard) -> None:
+    """Every row has the checksum that it should have, and there is none beside."""
+    store = shard._store
+    assert store.entries("sums") == store.entries("docs") + store.entries("history")
+    snapshot = shard.open_snapshot()
+    try:
+        assert sum(shard.scrub(snapshot)) >= store.entries("ids")
+    finally:
+        snapshot.close()
 
 
 def batches(first: int, last: int) -> list[Entry]:

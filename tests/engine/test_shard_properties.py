@@ -36,6 +36,7 @@ from agentmem_node.model.ids import format_id
 from agentmem_node.model.memory import Memory
 from agentmem_node.model.times import TIME_MS_MIN, format_ms
 from agentmem_node.storage.ledger import LedgerBounds
+from tests.engine.commands import check_sums
 
 DIM = 2
 BOUNDS = LedgerBounds(entries_max=6, entries_min=3, age_ms_max=40)
@@ -372,6 +373,7 @@ def check(shard: Shard, model: Model) -> None:
     assert stats["vectors"] == sum(kept.vector is not None for kept in live_kept)
     assert stats["tombstones"] == len(model.kept) - len(live_kept)
     assert stats["ledger_entries"] == len(model.ledger)
+    check_sums(shard)
 
 
 def pages(shard: Shard, tenant: str, owner: str | None) -> Iterator[bytes]:

@@ -135,6 +135,10 @@ class Cluster:
             lambda: node.get(self.caller(node), memory_id, "linearizable", None)
         )
 
+    async def delete(self, memory_id: str) -> None:
+        node, request_id = self.any_node(), os.urandom(16)
+        await self._as_a_client(lambda: node.delete(self.caller(node, request_id), memory_id, None))
+
     async def _as_a_client(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Again, while the answer is that it may work in a moment: this machine may be busy."""
         deadline = asyncio.get_running_loop().time() + WAIT_S

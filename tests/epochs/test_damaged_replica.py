@@ -32,3 +32,77 @@ def test_a_damaged_shard_is_put_aside_and_the_node_stays_in_the_meta_group(tmp_p
             await cluster.stop()
 
     run(scenario)
+
+
+def test_a_replica_whose_rows_have_rotted_is_made_anew_from_the_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        names = ["n1", "n2", "n3"]
+        cluster = Cluster(tmp_path, names, shards=1)
+        await cluster.start(*names)
+        try:
+            memory_ids = [await cluster.add("ada", f"memory {n:04}") for n in range(50)]
+            await cluster.stop("n3")
+            file = tmp_path / "n3" / "shards" / "s00-e1" / "data.mdb"
+            data = file.read_bytes()
+            assert b"memory 0007" in data
+            file.write_bytes(data.replace(b"memory 0007", b"memory 0008"))
+            await cluster.start("n3")
+            node = cluster.nodes["n3"]
+            replicas = node._replicas
+            assert replicas is not None
+            await cluster.until(lambda: replicas.damaged, "it is found, though nobody reads it")
+            await cluster.until(lambda: not replicas.damaged, "it is made anew")
+            assert replicas.set.served["s00"].info.epoch == 2
+            for number, memory_id in enumerate(memory_ids):
+                found = await cluster.read(memory_id, through=node)
+                assert f"memory {number:04}".encode() in bytes(found.memory)
+        finally:
+            await cluster.stop()
+
+    run(scenario)
+
+
+def test_two_replicas_of_three_that_have_rotted_are_made_anew_from_the_third(
+    tmp_path: Path,
+) -> None:
+    """They vote meanwhile: were they put aside, the shard would have no quorum left to found its
+    next epoch by. A write that builds on a damaged row ends nothing either."""
+
+    async def scenario() -> None:
+        names = ["n1", "n2", "n3"]
+        cluster = Cluster(tmp_path, names, shards=1)
+        cluster.overrides["storage.scrub_s"] = 0  # only who uses a row finds that it is damaged
+        await cluster.start(*names)
+        try:
+            memory_ids = [await cluster.add("ada", f"memory {n:04}") for n in range(50)]
+            for name, was, now in (("n2", b"0007", b"0008"), ("n3", b"0009", b"0005")):
+                await cluster.stop(name)
+                file = tmp_path / name / "shards" / "s00-e1" / "data.mdb"
+                data = file.read_bytes()
+                assert b"memory " + was in data
+                file.write_bytes(data.replace(b"memory " + was, b"memory " + now))
+                await cluster.start(name)
+            for number, memory_id in enumerate(memory_ids):
+                for node in cluster.nodes.values():
+                    found = await cluster.read(memory_id, through=node)
+                    assert f"memory {number:04}".encode() in bytes(found.memory)
+            for number in (7, 9):
+                await cluster.delete(memory_ids[number])
+            replicas = [node._replicas for node in cluster.nodes.values()]
+            await cluster.until(
+                lambda: all(
+                    one is not None and not one.damaged and one.set.served["s00"].info.epoch > 1
+                    for one in replicas
+                ),
+                "both are made anew",
+            )
+            shards = [node._routing.local["s00"].shard for node in cluster.nodes.values()]
+            await cluster.until(
+                lambda: len({(shard.applied_index, shard.digest()) for shard in shards}) == 1,
+                "all are equal",
+            )
+            assert all(shard.count() == 48 for shard in shards)
+        finally:
+            await cluster.stop()
+
+    run(scenario)

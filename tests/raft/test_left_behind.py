@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmem_cluster.errors import Unavailable
+from agentmem_cluster.errors import AgentMemError, StateDamaged, Unavailable
 from agentmem_cluster.raft.applying import MARK_BYTES
 from agentmem_cluster.raft.settings import RaftSettings
 
@@ -60,3 +60,21 @@ def test_a_deposed_leader_that_can_be_helped_needs_none(world: Any) -> None:
     made.run(3.0)
     assert not made.cores["a"].needs_reseed("g")
     assert made.machines["a", "g"].commands == made.machines[leader, "g"].commands
+
+
+def test_a_leader_whose_state_is_damaged_resigns_until_a_whole_one_leads(world: Any) -> None:
+    """Two of three cannot apply an entry: they vote and keep it, and the third one leads."""
+    made = world("abc", preferred="a")
+    made.settle()
+    damaged = StateDamaged("a row is not what was written")
+    for name in "ab":
+        made.machines[name, "g"].broken = damaged
+    told = made.propose("a", b"what builds on it")
+    made.run_until(lambda: made.leaders() == ["c"], 30.0)
+    assert told.outcomes == [] or isinstance(told.one, AgentMemError)
+    assert made.cores["a"].needs_reseed("g") and made.cores["b"].needs_reseed("g")
+    done = made.propose("c", b"and more")
+    made.run_until(lambda: done.outcomes)
+    assert not isinstance(done.one, AgentMemError), "both damaged members keep what c sends"
+    assert made.machines["c", "g"].commands == [b"what builds on it", b"and more"]
+    assert made.machines["a", "g"].commands == []

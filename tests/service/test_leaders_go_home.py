@@ -40,7 +40,7 @@ def test_a_home_that_cannot_have_its_shard_keeps_no_other_shard_from_going_home(
     groups = {"s00": Group(), "s01": Group()}
     homes = {"s00": "n2", "s01": "n3"}
 
-    async def ask(node: str, method: str) -> None:
+    async def ask(node: str, method: str, body: object) -> None:
         assert method == "shard.may_lead"
         if node == "n2":
             raise refusal

@@ -1,0 +1,86 @@
+"""Every row of every replica here is looked at: soon after it is served, and then now and then.
+
+What flips on a disk is found by whoever reads it; what nobody reads for months is found by this,
+while the other replicas are still whole (`agentmem_node.storage.sums`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from agentmem_cluster.errors import AgentMemError
+from agentmem_cluster.runtime import Clock
+from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.storage.checkpoint import RecordDamaged
+
+log = logging.getLogger("agentmem.scrub")
+
+_LOOK_S: Final = 1.0
+# Between two steps of some milliseconds: whoever serves comes first.
+_REST_S: Final = 0.005
+
+
+class Scrubbing:
+    def __init__(
+        self,
+        routing: Routing,
+        clock: Clock,
+        every_s: float,
+        on_damaged: Callable[[str, RecordDamaged], None],
+    ) -> None:
+        """`every_s`: 0 for never. `on_damaged(shard, error)` may be called again for a replica
+        that is still there the next time."""
+        self._routing = routing
+        self._clock = clock
+        self._every_s = every_s
+        self._on_damaged = on_damaged
+        self._seen_s: dict[tuple[str, int], float] = {}  # by shard and epoch
+        self._once = asyncio.Event()
+
+    async def wait_once(self, seconds: float) -> None:
+        """Until every replica that was here at the start was looked at, or for so long."""
+        if self._every_s > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._once.wait()
+
+    async def run(self) -> None:
+        while self._every_s > 0:
+            here = {(local.info.id, local.info.epoch): local for local in self._local()}
+            self._seen_s = {key: at_s for key, at_s in self._seen_s.items() if key in here}
+            for key, local in here.items():
+                at_s = self._seen_s.get(key)
+                if at_s is None or self._clock.monotonic() - at_s >= self._every_s:
+                    self._seen_s[key] = self._clock.monotonic()
+                    await self._look_at(local)
+            self._once.set()
+            await asyncio.sleep(_LOOK_S)
+
+    def _local(self) -> list[LocalShard]:
+        return list(self._routing.local.values())
+
+    async def _look_at(self, local: LocalShard) -> None:
+        shard, begun_s, rows = local.info.id, self._clock.monotonic(), 0
+        try:
+            snapshot = local.shard.open_snapshot()
+        except (AgentMemError, OSError) as error:
+            log.debug("cannot look at %s now: %s", shard, error)
+            return
+        try:
+            steps = local.shard.scrub(snapshot)
+            while (seen := await asyncio.to_thread(next, steps, None)) is not None:
+                rows += seen
+                await asyncio.sleep(_REST_S)
+        except RecordDamaged as error:
+            self._on_damaged(shard, error)
+        except OSError as error:
+            log.debug("%s has left this node: %s", shard, error)
+        else:
+            took_s = self._clock.monotonic() - begun_s
+            log.debug("%s is whole: %s rows in %.1f s", shard, f"{rows:,}", took_s)
+        finally:
+            snapshot.close()
