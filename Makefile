@@ -7,7 +7,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint check format sim prove failpoints soak chaos bench bench-recall lock clean
+.PHONY: help setup demo serve test lint check format sim prove failpoints soak chaos chaos-hour bench bench-recall lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ soak: setup ## 60,000 simulated worlds: 1,000 virtual hours
 
 chaos: setup ## real nodes under real faults for a minute, with a timeline
 	@$(BIN)/agentmem-chaos run kills --seconds 60
+
+chaos-hour: setup ## an hour of every kind of fault, mixed, on four real nodes
+	@$(BIN)/agentmem-chaos run everything --seconds 3600
 
 bench: setup ## the figures of the README, beside chroma and etcd (half an hour)
 	@$(BIN)/pip install --quiet -e '.[node,test,bench]'

@@ -35,6 +35,7 @@ EXIT_INTERRUPTED = 130
 CLIENTS_DEFAULT = 8
 SECONDS_DEFAULT = 60.0
 _REDRAW_S = 0.25
+_NAME_CHARS_MAX = 80
 _STYLES = {
     Verdict.HOLDS.value: "green",
     Verdict.VIOLATED.value: "bold red",
@@ -123,7 +124,8 @@ def run(
 
 
 def _folder(scenario: Scenario, seed: int, now: datetime.datetime) -> Path:
-    name = f"{scenario.name}-{seed}-{now:%Y%m%dT%H%M%S}"
+    # A scenario that was put together may have a longer name than a file may.
+    name = f"{scenario.name[:_NAME_CHARS_MAX]}-{seed}-{now:%Y%m%dT%H%M%S}"
     folder = (FOLDER / name).absolute()
     folder.mkdir(parents=True)
     return folder

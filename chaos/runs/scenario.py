@@ -101,6 +101,26 @@ NAMED: dict[str, Scenario] = {
             ),
         ),
         Scenario("five", "kills and cuts among five nodes", "mixed", (*KILLS, *CUTS), nodes=5),
+        Scenario(
+            "everything",
+            "all of these, in turn",
+            "mixed",
+            (
+                *KILLS,
+                "pause-leader",
+                "rolling-restart",
+                *CUTS,
+                *WIRES,
+                "clock-jump",
+                "fsync-errors",
+                "write-errors",
+                "full-disk",
+                *DAMAGED,
+                "flip-lmdb",
+                *MOVES,
+            ),
+            nodes=4,
+        ),
     )
 }
 

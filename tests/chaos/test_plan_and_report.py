@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from agentmem_chaos import commands
 from agentmem_chaos.checkers.base import Finding, Verdict
 from agentmem_chaos.cli import main
 from agentmem_chaos.errors import ChaosError
@@ -236,3 +238,12 @@ def test_the_latest_run_is_found_and_shown(tmp_path: Path, monkeypatch: pytest.M
     assert (folder / TIMELINE).is_file()
     missing = CliRunner().invoke(main, ["report", "other"])
     assert missing.exit_code == 2 and "no run 'other'" in missing.output
+
+
+def test_a_scenario_of_many_nemeses_has_a_folder_of_a_bounded_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scenario = find("+".join(["mixed", *find("everything").nemeses]))
+    folder = commands._folder(scenario, 7, datetime.datetime(2026, 1, 31, tzinfo=datetime.UTC))
+    assert folder.is_dir() and folder.name.endswith("-7-20260131T000000")
