@@ -45,6 +45,7 @@ _DURABLE_EVERY_S: Final = 1.0
 _CALL_S: Final = 2.0
 # A replica that left may still answer requests that began before.
 _LINGER_S: Final = 3.0
+_SWEEP_S: Final = 60.0
 
 OpenShard = Callable[[str, Path], Shard]
 Fetch = Callable[[str, str, Path, Callable[[int, int], None]], None]
@@ -97,6 +98,7 @@ class Replicas:
         self._begins: dict[str, asyncio.Task[None]] = {}
         self._retry_s: dict[str, float] = {}
         self._lingering: list[tuple[float, Shard, Path | None]] = []
+        self._sweep_s = clock.monotonic() + _SWEEP_S
         self._handlers: dict[str, Callable[..., Any]] = {
             "replica.open": self._sources.on_open,
             "replica.chunk": self._sources.on_chunk,
@@ -278,6 +280,9 @@ class Replicas:
                 self._drop(staged)
         self._sources.expire()
         self._close_lingering(now_s)
+        if now_s >= self._sweep_s:
+            self._sweep_s = now_s + _SWEEP_S
+            self._sweep()
 
     def _begin_ended(self, shard: str, _: asyncio.Task[None]) -> None:
         self._begins.pop(shard, None)
@@ -350,6 +355,28 @@ class Replicas:
                 self._discard(folder)
             elif folder.is_dir():
                 folder.rename(partial_folder(folder))
+
+    def _sweep(self) -> None:
+        """What was copied for an epoch that is here, or over, and is nobody's: a copy that was
+        given up, a replica that was put aside. Only a later epoch's may still be gone on with."""
+        shard_map = self.set.map
+        if shard_map is None or not self._folder.is_dir():
+            return
+        kept = self.set.folders_in_use()
+        kept |= {ready.folder for ready in self._record.ready.values()}
+        kept |= {folder.name for _, _, folder in self._lingering if folder is not None}
+        for path in sorted(self._folder.iterdir()):
+            name = path.name.removesuffix(".partial")
+            shard, _, epoch = name.rpartition("-e")
+            info = shard_map.shards.get(shard)
+            if name in kept or info is None or not epoch.isdecimal() or int(epoch) > info.epoch:
+                continue
+            served = self.set.served.get(shard)
+            is_here = served is not None and served.info.epoch >= info.epoch
+            if int(epoch) == info.epoch and self._node_id in info.members and not is_here:
+                continue  # a copy that failed goes on with it
+            log.info("removing %s, which is of no more use", path)
+            self._discard(path.with_name(name))
 
     # -- beginning an epoch ----------------------------------------------------------------------
 

@@ -47,6 +47,18 @@ def test_a_late_order_to_copy_leaves_the_replica_that_came_of_the_first_one_alon
             assert {file.name: file.stat().st_ino for file in files.iterdir()}.items() >= {
                 ("data.mdb", inodes["data.mdb"])
             }
+            left = cluster.nodes["n1"]._replicas
+            assert left is not None
+            await cluster.until(
+                lambda: "s00" not in left.set.served and not left._lingering, "n1 has left s00"
+            )
+            shards = tmp_path / "n1" / "shards"
+            for name in ("s00-e1.partial", "s00-e2", "s00-e3.partial", "another"):
+                (shards / name).mkdir()
+            left._sweep()
+            assert sorted(path.name for path in shards.iterdir()) == ["another", "s00-e3.partial"]
+            replicas._sweep()
+            assert files.is_dir()
             await cluster.stop("n4")
             await cluster.start("n4")
             for memory_id in memory_ids:

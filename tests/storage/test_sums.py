@@ -9,6 +9,7 @@ from random import Random
 import pytest
 
 from agentmem_chaos.nemeses.damage import flip_bits
+from agentmem_node.backup.content import rows
 from agentmem_node.engine.shard import Shard
 from agentmem_node.model.commands import Delete, Update
 from agentmem_node.storage.checkpoint import DATA_NAME, RecordDamaged, StorageDamaged
@@ -49,9 +50,14 @@ def test_a_changed_text_is_refused_and_all_others_are_served(tmp_path: Path) -> 
         shard.list("acme", "user:ana", accept=None, after=None, limit=20, now_ms=0)
     with pytest.raises(RecordDamaged):
         check_sums(shard)
+    with pytest.raises(RecordDamaged):  # nor is it to become a backup
+        list(rows(shard._store.env.txn, shard.databases))
     # Deciding on it is refused as well: replicas would differ.
     with pytest.raises(RecordDamaged):
         shard.apply([an_entry(3, Delete(an_id(7), None))])
+    assert shard.checkpoint() is None, "an entry may be half applied"
+    with pytest.raises(RecordDamaged):
+        shard.apply([an_entry(3, Delete(an_id(8), None))])
     shard.abandon()
 
 
