@@ -415,7 +415,7 @@ class ReplicaSet:
                 and (served is None or served.info.epoch < info.epoch)
                 and (staged is None or not self._is_of_use(staged, info))
                 and not (served is not None and self._goes_on_soon(served, info))
-                and self._may_hold(info.id, info.epoch)
+                and self.may_copy(info)
             ):
                 found.append(info)
         return found
