@@ -58,7 +58,14 @@ def listed(store: ObjectStore) -> list[Listed]:
             continue  # removed meanwhile
         except BackupDamaged as error:
             found.append(Listed(backup_id, None, error.message))
+    found.sort(key=_moment)
     return found
+
+
+def _moment(item: Listed) -> tuple[str, int, str]:
+    """Two backups of one second are told apart by what they say of themselves."""
+    at_ms = 0 if item.manifest is None else item.manifest.at_ms
+    return item.id.partition("-")[0], at_ms, item.id
 
 
 def load(store: ObjectStore, backup_id: str) -> mf.Manifest:

@@ -109,7 +109,7 @@ def _split(store: ObjectStore, keep: int) -> tuple[list[mf.Manifest], list[mf.Ma
     for manifests in by_cluster.values():
         old += manifests[:-keep]
         kept += manifests[-keep:]
-    return sorted(kept, key=lambda m: m.id), sorted(old, key=lambda m: m.id)
+    return sorted(kept, key=lambda m: m.at_ms), sorted(old, key=lambda m: m.at_ms)
 
 
 def _garbage(

@@ -196,3 +196,16 @@ def test_backups_and_pruning_keep_out_of_each_others_way(store: ObjectStore) -> 
 def _far(store: ObjectStore) -> int:
     """A moment after everything in the store was written."""
     return max(item.modified_ms for item in store.list("")) + 60_000
+
+
+def test_two_backups_of_one_second_are_in_their_order(tmp_path: Path) -> None:
+    """Within a second their ids are drawn at random: the newest is not the one that sorts last."""
+    store = open_store(str(tmp_path / "store"))
+    cluster = filled(store, tmp_path / "shards", 0)
+    turn_ms = (START_MS >> 24) + 1 << 24
+    older = cluster.backup(store, turn_ms - 1)
+    newer = cluster.backup(store, turn_ms)
+    cluster.close()
+    assert older.id[:16] == newer.id[:16] and older.id > newer.id
+    assert [item.id for item in catalog.listed(store)] == [older.id, newer.id]
+    assert catalog.choose(store).id == newer.id
