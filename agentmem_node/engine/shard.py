@@ -7,6 +7,7 @@ journal, from `durable_index` on.
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -92,6 +93,10 @@ class Shard:
         """`on_damaged` is told of a row that is not what was written, before its reader is."""
         self._store.on_damaged = on_damaged
 
+    def tell_damaged(self, error: RecordDamaged) -> None:
+        """Whoever reads a snapshot of this shard has found such a row."""
+        self._store.on_damaged(error)
+
     # -- the state machine --------------------------------------------------------------
 
     @property
@@ -150,7 +155,7 @@ class Shard:
             if changes and self._index is not None:
                 self._index.apply(changes)
             failpoint("apply.after_batch")
-        except PAGE_ERRORS as error:
+        except (*PAGE_ERRORS, struct.error) as error:
             raise self._store.broken(error) from error
         except BaseException as error:
             self._failure = error

@@ -171,8 +171,9 @@ async def receive(
     opened = await ask("replica.open", {"shard": shard, "epoch": epoch})
     failpoint("copying.after_open")
     size_bytes = int(opened["bytes"])
-    writer = await asyncio.to_thread(SnapshotWriter, folder, size_bytes)
+    writer: SnapshotWriter | None = None
     try:
+        writer = await asyncio.to_thread(SnapshotWriter, folder, size_bytes)
         with _tasks() as start:
             numbers = iter(range(-(-size_bytes // CHUNK_BYTES)))
             flying: list[asyncio.Task[int]] = []
@@ -188,7 +189,8 @@ async def receive(
         failpoint("copying.before_finish")
         await asyncio.to_thread(writer.finish, Checkpoint(opened["metas"], opened["state"]))
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
         with suppress(AgentMemError):  # the source lets go of it by itself, after a while
             await ask("replica.release", {"snapshot": opened["snapshot"]})
     return int(opened["index"]), int(opened["term"])

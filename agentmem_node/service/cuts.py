@@ -32,6 +32,7 @@ from agentmem_node.backup.manifest import ShardBackup
 from agentmem_node.backup.objects import ObjectStore, open_store
 from agentmem_node.backup.upload import Progress, RateLimit, upload_shard
 from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.storage.checkpoint import RecordDamaged
 from agentmem_node.storage.snapshot import StorageSnapshot
 
 log = logging.getLogger("agentmem.backup")
@@ -218,6 +219,9 @@ class Cuts:
             running = asyncio.ensure_future(asyncio.to_thread(work))
             try:
                 return await asyncio.shield(running)
+            except RecordDamaged as error:
+                cut.local.shard.tell_damaged(error)
+                raise
             except OSError as error:
                 raise InternalError(f"Shard {shard} could not be read: {error}.") from error
             except asyncio.CancelledError:

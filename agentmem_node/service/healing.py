@@ -104,13 +104,12 @@ class Healing:
         for shard, info in view.map.shards.items():
             if shard in view.changes or shard in steps or not has_quorum(info.members, nodes):
                 continue
-            fresh, lame, reason = self._useless(view, shard, reports)
+            fresh, lame, whole, reason = self._useless(view, shard, reports)
             if reason:
                 wrong[shard, info.epoch, reason] = reason
                 since_s = self._wrong_since.setdefault((shard, info.epoch, reason), now_s)
                 voting = len(info.members) - len(lame)
-                has_source = len(fresh) < len(info.members)
-                if now_s - since_s >= _PATIENCE_S and has_source and 2 * voting > len(info.members):
+                if now_s - since_s >= _PATIENCE_S and whole and 2 * voting > len(info.members):
                     steps[shard] = StoredStep(
                         shard=shard,
                         members=list(info.members),
@@ -123,12 +122,13 @@ class Healing:
 
     def _useless(
         self, view: View, shard: str, reports: dict[str, NodeReport]
-    ) -> tuple[list[str], list[str], str]:
+    ) -> tuple[list[str], list[str], list[str], str]:
         """Members whose replica must be copied anew; those of them that cannot confirm the seal
-        either; and why the shard needs another epoch."""
+        either; those to copy from; and why the shard needs another epoch."""
         info = view.map.shards[shard]
         fresh: list[str] = []
         lame: list[str] = []
+        whole: list[str] = []
         reasons: list[str] = []
         sealed = False
         for member in info.members:
@@ -148,7 +148,8 @@ class Healing:
                 lame.append(member)
                 reasons.append(f"{member} is too far behind")
             else:
+                whole.append(member)
                 sealed |= mine[0].is_sealed
         if sealed and not reasons:
             reasons.append("its epoch was sealed and no other founded")
-        return fresh, lame, ", ".join(reasons)
+        return fresh, lame, whole, ", ".join(reasons)

@@ -332,6 +332,7 @@ class Node:
         self._scrubbing = Scrubbing(
             self._routing, self.clock, config.storage.scrub_s, self._replicas.found_damaged
         )
+        self._replicas.on_suspect = self._scrubbing.again
         for name, work in (
             ("scrubbing", self._scrubbing.run()),
             ("changes", self.changes.run()),

@@ -347,7 +347,7 @@ class Reads:
     ) -> dict[str, Any]:
         """The peer's side of `ask_each`: None for a shard that cannot be answered here now."""
         here = self._routing.local
-        damaged = [s for s, *_ in body["shards"] if s in here and here[s].is_damaged]
+        damaged = [s for s, *_ in body["shards"] if s in here and here[s].is_left_to_others]
         answers = await self._read_here(
             [one for one in body["shards"] if one[0] not in damaged],
             read,
@@ -420,7 +420,7 @@ class Reads:
         local = await self._settled(
             body["shard"], body["epoch"], body["at"], body["consistency"], self._deadline_of(body)
         )
-        if local.is_damaged:
+        if local.is_left_to_others:
             raise StateDamaged(f"The replica of {local.info.id} on this node is damaged.")
         return local
 

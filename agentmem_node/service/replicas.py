@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,14 @@ from agentmem_cluster.epochs.machine import EpochAware, EpochMachine
 from agentmem_cluster.epochs.record import LocalRecord
 from agentmem_cluster.epochs.replicas import ReplicaSet, Served, Staged
 from agentmem_cluster.epochs.reports import Staging
-from agentmem_cluster.errors import AgentMemError, BadRequest, NotLeader, StateDamaged, Unavailable
+from agentmem_cluster.errors import (
+    AgentMemError,
+    BadRequest,
+    DiskFull,
+    NotLeader,
+    StateDamaged,
+    Unavailable,
+)
 from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.raft.api import GroupStatus
@@ -96,6 +104,7 @@ class Replicas:
         self._tasks: list[asyncio.Task[None]] = []
         self._copies: dict[str, asyncio.Task[None]] = {}
         self._begins: dict[str, asyncio.Task[None]] = {}
+        self._resigning: dict[str, asyncio.Task[None]] = {}
         self._retry_s: dict[str, float] = {}
         self._lingering: list[tuple[float, Shard, Path | None]] = []
         self._sweep_s = clock.monotonic() + _SWEEP_S
@@ -109,12 +118,15 @@ class Replicas:
             "replica.checkpoint": self._on_checkpoint,
             "replica.seal": self._on_seal,
             "replica.close": self._on_close,
+            "replica.suspect": self._on_suspect,
         }
         # How a shard is fetched out of a backup (source, shard, folder, progress); blocks.
         self.fetch: Fetch = _no_backups
         # How a peer's view of the cluster is taken over; set by the membership.
         self.learn_view: Callable[[Any], Any] = lambda wire: None
         self.view_wire: Callable[[], Any] = lambda: None
+        # Who is to look at every row of a shard soon.
+        self.on_suspect: Callable[[str], None] = lambda shard: None
         # Who wants to read the log of an epoch that has ended here, before it is dropped.
         self.on_leaving: Callable[[LocalShard], None] = lambda local: None
 
@@ -147,6 +159,7 @@ class Replicas:
 
     async def stop(self) -> None:
         tasks = [*self._tasks, *self._copies.values(), *self._begins.values()]
+        tasks += self._resigning.values()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -165,7 +178,7 @@ class Replicas:
         """Take part in what can be taken part in now; what this disk refuses is tried again."""
         try:
             self._put_aside_what_fails(lambda: self.set.learn(shard_map, changes, revision))
-        except OSError as error:
+        except (OSError, DiskFull) as error:
             # The view is adopted all the same: it says where everything else is.
             log.warning("cannot change what this node holds: %s; trying again", error)
         self.poke()
@@ -191,20 +204,22 @@ class Replicas:
     def _served(self, served: Served, group: AsyncGroup) -> None:
         shard = served.machine.inner
         assert isinstance(shard, Shard)
-        self.lost.pop(served.info.id, None)
-        self.damaged.pop(served.info.id, None)
-        shard.watch(partial(self.found_damaged, served.info.id))
+        shard_id = served.info.id
+        self.lost.pop(shard_id, None)
+        self.damaged.pop(shard_id, None)
+        shard.watch(partial(self.found_damaged, shard_id, shard))
         self._routing.serve(LocalShard(served.info, group, shard, served.machine))
         self.poke()
 
-    def found_damaged(self, shard: str, error: RecordDamaged) -> None:
+    def found_damaged(self, shard_id: str, shard: Shard, error: RecordDamaged) -> None:
         """A replica holds something else than was written. It goes on voting, and serves what is
         whole, until healing has made another of the other members' (`service/healing.py`)."""
-        if shard in self.damaged or shard not in self.set.served:
-            return
+        served = self.set.served.get(shard_id)
+        if shard_id in self.damaged or served is None or served.machine.inner is not shard:
+            return  # it is known, or another has taken its place
         log.error("%s", error)
-        self.damaged[shard] = str(error)
-        local = self._routing.local.get(shard)
+        self.damaged[shard_id] = str(error)
+        local = self._routing.local.get(shard_id)
         if local is not None:
             local.is_damaged = True
         self.poke()
@@ -216,6 +231,7 @@ class Replicas:
 
     def _gone(self, shard: str) -> None:
         self._routing.local.pop(shard, None)
+        self.damaged.pop(shard, None)
 
     # -- what is to be done by itself ------------------------------------------------------------
 
@@ -230,7 +246,7 @@ class Replicas:
             self._wake.clear()
             try:
                 self._step()
-            except OSError as error:
+            except (OSError, DiskFull) as error:
                 log.warning("cannot change what this node holds: %s; trying again", error)
 
     def _is_busy(self) -> bool:
@@ -250,9 +266,12 @@ class Replicas:
                 self._begins[shard] = task
                 task.add_done_callback(partial(self._begin_ended, shard))
         for shard in self.damaged:
-            if self._host.core.is_leader(shard):
-                self._host.core.resign(shard)  # what it cannot read, nobody could write
-                self._host.wake()
+            local = self._routing.local.get(shard)
+            if local is None or not local.group.is_leader or shard in self._resigning:
+                continue
+            task = asyncio.create_task(self._resign(local), name=f"resign-{shard}")
+            self._resigning[shard] = task
+            task.add_done_callback(partial(self._resigned, shard))
         for info in self.set.wanted():
             if now_s >= self._retry_s.get(info.id, 0.0):
                 self._retry_s[info.id] = now_s + _RETRY_S
@@ -283,6 +302,25 @@ class Replicas:
         if now_s >= self._sweep_s:
             self._sweep_s = now_s + _SWEEP_S
             self._sweep()
+
+    async def _resign(self, local: LocalShard) -> None:
+        """Give a leadership to a member whose replica is whole: what this one cannot read, nobody
+        could write. Without any it goes on, with what is whole."""
+        shard = local.info.id
+        for member in local.info.members:
+            if member == self._node_id or self._link is None:
+                continue
+            try:
+                await self._link.call(member, "shard.may_lead", {"shard": shard}, timeout=_CALL_S)
+                deadline = self._clock.monotonic() + _CALL_S
+                await local.group.transfer(member, deadline=deadline)
+                return
+            except AgentMemError as error:
+                log.debug("%s does not take the leadership of %s: %s", member, shard, error)
+        await asyncio.sleep(_RETRY_S)
+
+    def _resigned(self, shard: str, _: asyncio.Task[None]) -> None:
+        self._resigning.pop(shard, None)
 
     def _begin_ended(self, shard: str, _: asyncio.Task[None]) -> None:
         self._begins.pop(shard, None)
@@ -373,8 +411,8 @@ class Replicas:
                 continue
             served = self.set.served.get(shard)
             is_here = served is not None and served.info.epoch >= info.epoch
-            if int(epoch) == info.epoch and self._node_id in info.members and not is_here:
-                continue  # a copy that failed goes on with it
+            if self._node_id in info.members and not is_here:
+                continue  # a copy goes on with it, or what was put aside may be the last there is
             log.info("removing %s, which is of no more use", path)
             self._discard(path.with_name(name))
 
@@ -507,8 +545,9 @@ class Replicas:
             if staged.machine is None:
                 await self._receive(staged, shard, folder, ask)
             await self._follow(staged, shard, ask)
-        except Paused as error:
-            # What is here is of an older log: the next attempt compares it, chunk by chunk.
+        except (Paused, StateDamaged) as error:
+            # What is here is of an older log, or it has rotted, at the source even: the next
+            # attempt compares it, chunk by chunk.
             self._put_aside(staged, folder)
             self._fail(staged, source, error)
         except (AgentMemError, OSError, ValueError, KeyError) as error:
@@ -542,6 +581,8 @@ class Replicas:
     def _fail(self, staged: Staged, source: str, error: Exception) -> None:
         staged.state, staged.error = Staging.FAILED, str(error)
         log.warning("copying %s from %s: %s; trying again", staged.info.id, source, error)
+        if isinstance(error, OSError):
+            self._sweep_s = 0.0  # there may be room to make
         if not staged.change_id and self.set.staged.get(staged.info.id) is staged:
             del self.set.staged[staged.info.id]  # so that it is wanted again
             if staged.machine is not None:
@@ -559,14 +600,41 @@ class Replicas:
         took_s = self._clock.monotonic() - begun_s
         log.info("copied %s: %s bytes in %.1f s", staged.info.id, f"{staged.total_bytes:,}", took_s)
         state = self._open_shard(staged.info.id, folder)
+        try:
+            await self._look_at(state)
+        except RecordDamaged:
+            state.abandon()
+            self._put_aside(staged, folder)
+            with suppress(AgentMemError):
+                await ask("replica.suspect", {"shard": shard})
+            raise
+        except BaseException:
+            state.abandon()
+            raise
         staged.machine = EpochMachine(state, staged.follows)
         staged.last_term = term
+
+    async def _look_at(self, state: Shard) -> None:
+        """What rotted at the source has come with the rest. Raises RecordDamaged."""
+        snapshot = state.open_snapshot()
+        try:
+            steps = state.scrub(snapshot)
+            while await asyncio.to_thread(next, steps, None) is not None:
+                pass
+        finally:
+            snapshot.close()
+
+    async def _on_suspect(self, peer: str, body: dict[str, Any]) -> None:
+        """`replica.suspect`: a copy of this node's replica is damaged."""
+        log.warning("what %s copied of %s is not what was written", peer, body["shard"])
+        self.on_suspect(body["shard"])
 
     def _put_aside(self, staged: Staged, folder: Path) -> None:
         """Let what is there serve the next attempt, chunk by chunk."""
         if staged.machine is not None:
             staged.machine.close()
             staged.machine = None
+        staged.is_restricted = False
         if folder.exists():
             self._discard(partial_folder(folder))
             folder.rename(partial_folder(folder))

@@ -66,6 +66,12 @@ class LocalShard:
         """Others answer reads, as long as there are any."""
         return self.is_damaged or self.group.needs_reseed
 
+    @property
+    def is_left_to_others(self) -> bool:
+        """A peer that asks it is sent on: it would give its leadership to one that is whole, so if
+        it leads, there is none."""
+        return self.is_damaged and not self.group.is_leader
+
     async def propose(self, command: bytes, deadline: float) -> Applied:
         """Replicate and apply a command. Raises WrongShard, certainly not done, when the epoch of
         this replica has ended or has not begun: the caller tries again, wherever the shard is."""

@@ -14,15 +14,16 @@ from typing import Final
 
 from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.runtime import Clock
+from agentmem_node.engine.shard import Shard
 from agentmem_node.service.routing import LocalShard, Routing
 from agentmem_node.storage.checkpoint import RecordDamaged
 
 log = logging.getLogger("agentmem.scrub")
 
 _LOOK_S: Final = 1.0
-# Between two steps of some milliseconds: who is served comes first. Before anybody is, 100,000
+# Between two steps of a millisecond: who is served comes first. Before anybody is, 100,000
 # memories take half a second.
-_REST_S: Final = 0.005
+_REST_S: Final = 0.002
 
 
 class Scrubbing:
@@ -31,16 +32,18 @@ class Scrubbing:
         routing: Routing,
         clock: Clock,
         every_s: float,
-        on_damaged: Callable[[str, RecordDamaged], None],
+        on_damaged: Callable[[str, Shard, RecordDamaged], None],
     ) -> None:
-        """`every_s`: 0 for never. `on_damaged(shard, error)` may be called again for a replica
-        that is still there the next time."""
+        """`every_s`: 0 for never, unless `again` asks. `on_damaged(shard, its state, error)` may be
+        called again for a replica that is still there the next time."""
         self._routing = routing
         self._clock = clock
         self._every_s = every_s
         self._on_damaged = on_damaged
         self._seen_s: dict[tuple[str, int], float] = {}  # by shard and epoch
         self._once = asyncio.Event()
+        self._rest_s = 0.0
+        self._asked: set[str] = set()
 
     async def wait_once(self, seconds: float) -> None:
         """Until every replica that was here at the start was looked at, or for so long."""
@@ -48,15 +51,23 @@ class Scrubbing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._once.wait()
+        self._rest_s = _REST_S
+
+    def again(self, shard: str) -> None:
+        """Look at a shard soon: what was copied of it is damaged."""
+        self._asked.add(shard)
 
     async def run(self) -> None:
-        while self._every_s > 0:
+        while True:
             here = {(local.info.id, local.info.epoch): local for local in self._local()}
             self._seen_s = {key: at_s for key, at_s in self._seen_s.items() if key in here}
             for key, local in here.items():
                 at_s = self._seen_s.get(key)
-                if at_s is None or self._clock.monotonic() - at_s >= self._every_s:
-                    self._seen_s[key] = self._clock.monotonic()
+                now_s = self._clock.monotonic()
+                is_due = at_s is None or now_s - at_s >= self._every_s
+                if (is_due and self._every_s > 0) or key[0] in self._asked:
+                    self._asked.discard(key[0])
+                    self._seen_s[key] = now_s
                     await self._look_at(local)
             self._once.set()
             await asyncio.sleep(_LOOK_S)
@@ -75,11 +86,13 @@ class Scrubbing:
             steps = local.shard.scrub(snapshot)
             while (seen := await asyncio.to_thread(next, steps, None)) is not None:
                 rows += seen
-                await asyncio.sleep(_REST_S if self._once.is_set() else 0.0)
+                await asyncio.sleep(self._rest_s)
         except RecordDamaged as error:
-            self._on_damaged(shard, error)
+            self._on_damaged(shard, local.shard, error)
         except OSError as error:
             log.debug("%s has left this node: %s", shard, error)
+        except Exception:
+            log.exception("%s could not be looked at", shard)  # the others can, and tomorrow
         else:
             took_s = self._clock.monotonic() - begun_s
             log.debug("%s is whole: %s rows in %.1f s", shard, f"{rows:,}", took_s)

@@ -68,6 +68,8 @@ PAGE_ERRORS: Final = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
     lmdb.PanicError,
+    lmdb.PageFullError,
+    lmdb.CursorFullError,
     lmdb.BadTxnError,
 )
 # Address space, not disk: pages are allocated as they are used.

@@ -6,6 +6,7 @@ the last entry applied. Everything happens on one thread (`agentmem_node.storage
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -68,7 +69,8 @@ class HistoryRow(NamedTuple):
 
 
 class _Reading:
-    """What LMDB says of its own pages, told as damage."""
+    """Around whatever reads: damage is told to who watches, and what LMDB says of its own pages
+    (or a row of another length than any) is damage."""
 
     __slots__ = ("_store",)
 
@@ -80,8 +82,10 @@ class _Reading:
             raise self._store.failure
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, PAGE_ERRORS):
+        if isinstance(error, (*PAGE_ERRORS, struct.error)):
             raise self._store.broken(error) from error
+        if isinstance(error, RecordDamaged):
+            self._store.on_damaged(error)
 
 
 class Store:
@@ -392,12 +396,11 @@ class Store:
         """LMDB has met such a page."""
         if self.failure is None:
             self.failure = self._damaged(f"a page ({error})")
+            self.on_damaged(self.failure)
         return self.failure
 
     def _damaged(self, what: str) -> RecordDamaged:
-        error = row_damaged(self.env.folder, what)
-        self.on_damaged(error)
-        return error
+        return row_damaged(self.env.folder, what)
 
     def entries(self, database: str) -> int:
         """Rows of a sub-database, those not yet committed included; 0 of a broken file."""

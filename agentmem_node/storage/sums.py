@@ -18,6 +18,7 @@ import lmdb
 from agentmem_node.storage.checkpoint import DATA_NAME, RecordDamaged
 from agentmem_node.storage.layout import (
     DUE_HEAD,
+    FEED_KEY,
     HISTORY_KEY,
     ID_ROW,
     LEDGER_HEAD,
@@ -31,8 +32,8 @@ from agentmem_node.storage.layout import (
 )
 from agentmem_node.storage.snapshot import StorageSnapshot
 
-# Rows that are looked at before the snapshot is let go for a moment: a few milliseconds.
-_BATCH: Final = 500
+# Rows that are looked at before the snapshot is let go for a moment: whoever closes it waits.
+_BATCH: Final = 100
 
 
 def is_row(kept: bytes | None, row: bytes) -> bool:
@@ -100,10 +101,16 @@ def scrub(snapshot: StorageSnapshot, db: Any, folder: Path) -> Iterator[int]:
         for batch in _batches(snapshot, db["due"]):
             with snapshot.using() as txn:
                 for key, value in batch:
-                    row = txn.get(value[DUE_HEAD.size :], db=db["ledger"])
+                    request = value[DUE_HEAD.size :]
+                    row = txn.get(request, db=db["ledger"])
                     index = U64.unpack(key)[0]
-                    if row is None or LEDGER_HEAD.unpack_from(row)[0] != index:
-                        raise damaged(folder, f"the ledger's entry for request {index}")
+                    outcome = FEED_KEY.pack(U32.unpack_from(request)[0], index)
+                    if (
+                        row is None
+                        or LEDGER_HEAD.unpack_from(row)[0] != index
+                        or txn.get(outcome, db=db["feed"]) is None
+                    ):
+                        raise damaged(folder, f"what is remembered of entry {index}")
             yield len(batch)
         for batch in _batches(snapshot, db["scopes"]):
             for key, value in batch:

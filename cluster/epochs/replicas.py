@@ -265,6 +265,8 @@ class ReplicaSet:
         machine = served.machine
         if not machine.is_sealed or machine.inner.applied_index != base.index:
             return
+        if self._groups.status(info.id).needs_reseed:
+            return  # it is damaged: another is copied
         if machine.durable_index < base.index:
             return
         self._take_part(info, served.folder, machine.inner, base)
@@ -352,7 +354,8 @@ class ReplicaSet:
                 with self.record.kept(self._disk):
                     self.record.close(shard, epoch)
             return True
-        if served.machine.is_sealed and self._keeps_its_state_of(shard):
+        is_of_use = not self._groups.status(shard).needs_reseed
+        if served.machine.is_sealed and is_of_use and self._keeps_its_state_of(shard):
             return False  # its checkpoint is under way; then it goes on with the next epoch
         self._leave(shard, epoch)
         return True
@@ -426,7 +429,11 @@ class ReplicaSet:
         return staged.state is not Staging.FAILED and self._founds(staged, info)
 
     def _goes_on_soon(self, served: Served, info: ShardInfo) -> bool:
-        return served.machine.is_sealed and self._keeps_its_state(info)
+        return (
+            served.machine.is_sealed
+            and self._keeps_its_state(info)
+            and not self._groups.status(info.id).needs_reseed
+        )
 
     def may_copy(self, info: ShardInfo) -> bool:
         """Whether a copy for `info` can be of use: not once this node takes part in that epoch or

@@ -258,13 +258,6 @@ class NodeCore:
             group.transfer(to)
             self._touch(group_id)
 
-    def resign(self, group_id: str) -> None:
-        """Hand leadership over, to another one each time. No-op for who does not lead."""
-        group = self._groups.get(group_id)
-        if group is not None:
-            group.resign()
-            self._touch(group_id)
-
     # -- driving --
 
     def tick(self) -> Ready | None:

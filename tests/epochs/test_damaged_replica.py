@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from agentmem_cluster.raft.api import GROUP_META
+from agentmem_node.model.ids import parse_id
 from tests.epochs.conftest import Cluster, run
+from tests.epochs.test_moving_a_shard import move
 
 
 def test_a_damaged_shard_is_put_aside_and_the_node_stays_in_the_meta_group(tmp_path: Path) -> None:
@@ -42,10 +44,7 @@ def test_a_replica_whose_rows_have_rotted_is_made_anew_from_the_others(tmp_path:
         try:
             memory_ids = [await cluster.add("ada", f"memory {n:04}") for n in range(50)]
             await cluster.stop("n3")
-            file = tmp_path / "n3" / "shards" / "s00-e1" / "data.mdb"
-            data = file.read_bytes()
-            assert b"memory 0007" in data
-            file.write_bytes(data.replace(b"memory 0007", b"memory 0008"))
+            rot(tmp_path / "n3" / "shards" / "s00-e1" / "data.mdb", b"0007", b"0008")
             await cluster.start("n3")
             node = cluster.nodes["n3"]
             replicas = node._replicas
@@ -77,10 +76,7 @@ def test_two_replicas_of_three_that_have_rotted_are_made_anew_from_the_third(
             memory_ids = [await cluster.add("ada", f"memory {n:04}") for n in range(50)]
             for name, was, now in (("n2", b"0007", b"0008"), ("n3", b"0009", b"0005")):
                 await cluster.stop(name)
-                file = tmp_path / name / "shards" / "s00-e1" / "data.mdb"
-                data = file.read_bytes()
-                assert b"memory " + was in data
-                file.write_bytes(data.replace(b"memory " + was, b"memory " + now))
+                rot(tmp_path / name / "shards" / "s00-e1" / "data.mdb", was, now)
                 await cluster.start(name)
             for number, memory_id in enumerate(memory_ids):
                 for node in cluster.nodes.values():
@@ -106,3 +102,58 @@ def test_two_replicas_of_three_that_have_rotted_are_made_anew_from_the_third(
             await cluster.stop()
 
     run(scenario)
+
+
+def test_rot_is_not_copied_to_another_node(tmp_path: Path) -> None:
+    """Nobody has noticed yet that the follower which is copied from has rotted."""
+
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3", "n4"], shards=1)
+        cluster.overrides["storage.scrub_s"] = 0
+        await cluster.start("n1", "n2", "n3")
+        await cluster.admit("n4")
+        await cluster.start("n4")
+        try:
+            memory_ids = [await cluster.add("ada", f"memory {n:04}") for n in range(50)]
+            followers = {
+                name
+                for name in ("n1", "n2", "n3")
+                if not cluster.nodes[name]._routing.local["s00"].group.is_leader
+            }
+            rotten, other = sorted(followers)  # the first one is copied from
+            await cluster.stop(rotten)  # so that everything is in its file
+            rot(tmp_path / rotten / "shards" / "s00-e1" / "data.mdb", b"0007", b"0008")
+            await cluster.start(rotten)
+            await cluster.until(cluster.meta_leader, "a leader of the meta group")
+            leader = cluster.meta_leader()
+            assert leader is not None
+            change = move(cluster, "s00", [rotten, other, "n4"])
+            assert await leader.changes.begin(change) == ""
+            copied = cluster.nodes["n4"]._replicas
+            source = cluster.nodes[rotten]._replicas
+            assert copied is not None and source is not None
+            await cluster.until(lambda: source.damaged, "the source learns that it has rotted")
+            await cluster.until(
+                lambda: any(
+                    one.info.epoch > 1 and one.machine.has_begun
+                    for one in copied.set.served.values()
+                ),
+                "n4 serves a copy of another's",
+            )
+            await cluster.until(lambda: not source.damaged, "the source is made anew")
+            for node in (cluster.nodes[rotten], cluster.nodes["n4"]):
+                assert node._replicas is not None and not node._replicas.damaged
+                shard = node._routing.local["s00"].shard
+                for number, memory_id in enumerate(memory_ids):
+                    stored = shard.get("default", parse_id(memory_id))
+                    assert stored is not None and f"memory {number:04}".encode() in stored.record
+        finally:
+            await cluster.stop()
+
+    run(scenario)
+
+
+def rot(file: Path, was: bytes, now: bytes) -> None:
+    data = file.read_bytes()
+    assert b"memory " + was in data
+    file.write_bytes(data.replace(b"memory " + was, b"memory " + now))

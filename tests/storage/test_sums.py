@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from agentmem_chaos.nemeses.damage import flip_bits
 from agentmem_node.backup.content import rows
 from agentmem_node.engine.shard import Shard
 from agentmem_node.model.commands import Delete, Update
-from agentmem_node.storage.checkpoint import DATA_NAME, RecordDamaged, StorageDamaged
+from agentmem_node.storage.checkpoint import DATA_NAME, RecordDamaged
 from agentmem_node.storage.environment import Environment
 from tests.engine.commands import DIM, a_record, an_add, an_entry, an_id, check_sums
 
@@ -82,26 +82,27 @@ def test_a_changed_past_version_and_a_changed_vector_are_refused(tmp_path: Path)
     shard.abandon()
 
 
-def test_bits_that_flip_in_rows_are_found_wherever_they_are(tmp_path: Path) -> None:
-    """Of a file of a hundred pages, most of them records. A flip may also hit what has no sum
-    (the feed), or nothing in use: then nothing that a reader gets is changed."""
+def test_bits_that_flip_in_texts_are_found_wherever_they_are(tmp_path: Path) -> None:
+    """In texts alone: of what leads to them LMDB itself believes everything, and may crash. A flip
+    may also hit a page that is free."""
     folder = tmp_path / "s"
     shard = Shard.open(folder, "s00", dim=DIM)
     for at in range(1, 31):
         adds = [an_add(10 * at + n, f"{MARKED} {at} {n} " * 40) for n in range(10)]
         shard.apply([an_entry(at, *adds)])
     shard.close()
+    data = (folder / DATA_NAME).read_bytes()
+    texts = [found.span() for found in re.finditer(MARKED.encode(), data)]
     pristine = {n: _served(folder, an_id(n)) for n in range(10, 310)}
     found = 0
     for seed in range(40):
         rotten = tmp_path / f"rot{seed}"
         shutil.copytree(folder, rotten)
-        flip_bits(rotten / DATA_NAME, Random(seed), 8)
-        try:
-            shard = Shard.open(rotten, "s00", dim=DIM)
-        except StorageDamaged:
-            found += 1
-            continue
+        chance, flipped = Random(seed), bytearray(data)
+        for start, end in chance.sample(texts, 8):
+            flipped[chance.randrange(start, end)] ^= 1 << chance.randrange(8)
+        (rotten / DATA_NAME).write_bytes(flipped)
+        shard = Shard.open(rotten, "s00", dim=DIM)
         is_found = False
         try:
             check_sums(shard)
@@ -112,19 +113,13 @@ def test_bits_that_flip_in_rows_are_found_wherever_they_are(tmp_path: Path) -> N
         found += is_found
         for number, was in pristine.items():
             now = _served(rotten, an_id(number))
-            # A flip in the key of `ids` hides a memory; only who looks at everything finds that.
-            assert now in (was, "refused") or (now is None and is_found), (
-                f"seed {seed} changed memory {number} in silence"
-            )
+            assert now in (was, "refused"), f"seed {seed} changed memory {number} in silence"
         shutil.rmtree(rotten)
     assert found >= 36
 
 
 def _served(folder: Path, key: bytes) -> object:
-    try:
-        shard = Shard.open(folder, "s00", dim=DIM)
-    except StorageDamaged:
-        return "refused"
+    shard = Shard.open(folder, "s00", dim=DIM)
     try:
         return shard.get("acme", key)
     except RecordDamaged:
