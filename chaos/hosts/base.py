@@ -43,8 +43,9 @@ class Hosts(Protocol):
         """The node's HTTP API as clients reach it."""
         ...
 
-    async def open(self, equip: frozenset[Need]) -> None:
-        """Make everything and start every node, equipped for these needs."""
+    async def open(self, equip: frozenset[Need], seconds: float = 60.0) -> None:
+        """Make everything and start every node, equipped for these needs. A small disk has room
+        for the work of `seconds`."""
         ...
 
     async def close(self) -> None:

@@ -77,7 +77,7 @@ class ComposeHosts:
     def why_not(self, need: Need) -> str | None:
         return None if need in _HAVE else "not inside of containers; use --hosts loopback"
 
-    async def open(self, equip: frozenset[Need]) -> None:
+    async def open(self, equip: frozenset[Need], seconds: float = 60.0) -> None:
         await self._check_docker()
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ["AGENTMEM_KEY_MAIN"] = self.api_key

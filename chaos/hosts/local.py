@@ -19,6 +19,8 @@ from agentmem_chaos.hosts.proxies import Proxies, ProxyServer
 from agentmem_chaos.hosts.settings import Place
 
 SMALL_DISK_BYTES = 160 << 20
+# A node of a run with eight clients grows by less.
+SMALL_DISK_BYTES_PER_S = 128 << 10
 
 
 class LocalHosts(ABC):
@@ -40,6 +42,7 @@ class LocalHosts(ABC):
         self._mounted: list[Path] = []
         self._pipe: tuple[int, int] | None = None
         self._equip: frozenset[Need] = frozenset()
+        self._small_disk_bytes = SMALL_DISK_BYTES
 
     # -- what subclasses say ----------------------------------------------------------------
 
@@ -88,7 +91,8 @@ class LocalHosts(ABC):
             return "mounting a small disk needs root: run with sudo"
         return None
 
-    async def open(self, equip: frozenset[Need]) -> None:
+    async def open(self, equip: frozenset[Need], seconds: float = 60.0) -> None:
+        self._small_disk_bytes = SMALL_DISK_BYTES + int(seconds * SMALL_DISK_BYTES_PER_S)
         self._pipe = os.pipe()
         self._equip = equip
         self._proxies = Proxies(*await self._server.start())
@@ -116,7 +120,7 @@ class LocalHosts(ABC):
             await self.start(node)
 
     async def _mount(self, folder: Path) -> None:
-        options = f"size={SMALL_DISK_BYTES},mode=0700"
+        options = f"size={self._small_disk_bytes},mode=0700"
         await shell.run(["mount", "-t", "tmpfs", "-o", options, "agentmem-chaos", str(folder)])
         self._mounted.append(folder)
 

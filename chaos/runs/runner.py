@@ -59,7 +59,7 @@ class Run:
                 )
         try:
             self.tell(f"starting {len(self.hosts.nodes)} nodes ({self.hosts.kind})")
-            await self.hosts.open(self.scenario.needs)
+            await self.hosts.open(self.scenario.needs, self.seconds)
             await wait_ready(self.hosts, self.hosts.nodes, START_S_MAX)
             await self._run()
         finally:
