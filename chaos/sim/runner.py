@@ -18,7 +18,7 @@ from agentmem_chaos.sim.result import WorldResult
 # A worker is replaced after this many worlds: whatever a world leaks goes with it.
 WORLDS_PER_WORKER = 100
 # Of the worlds of a run this share has seeds that nobody has tried before.
-ROTATING_SHARE = 0.25
+ROTATING_SHARE = 1 / 6
 ROTATING_SEED_MIN = 1_000_000
 
 

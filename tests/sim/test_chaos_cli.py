@@ -70,7 +70,7 @@ def test_a_story_is_of_one_world() -> None:
 def test_a_run_has_fixed_seeds_and_new_ones() -> None:
     first, second = rotating_seed(), rotating_seed()
     assert first != second
-    chosen = seeds(200, first)
-    assert len(chosen) == len(set(chosen)) == 200
-    assert chosen[:150] == list(range(1, 151))
-    assert chosen[150:] == list(range(first, first + 50))
+    chosen = seeds(300, first)
+    assert len(chosen) == len(set(chosen)) == 300
+    assert chosen[:250] == list(range(1, 251))
+    assert chosen[250:] == list(range(first, first + 50))
