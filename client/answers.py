@@ -18,6 +18,7 @@ _RETRYABLE_CODES = frozenset(
         "wrong_shard",
         "map_moved",
         "no_quorum",
+        "state_damaged",
         "shutting_down",
         "deadline_exceeded",
     }

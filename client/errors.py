@@ -20,6 +20,7 @@
     |   |   |-- MapMoved            503
     |   |   |-- NoQuorum            503
     |   |   |-- DiskFull            503
+    |   |   |-- StateDamaged        503
     |   |   |-- ModelUnavailable    503
     |   |   `-- ShuttingDown        503
     |   |-- DeadlineExceeded        a write may have happened: send it again under the same key
@@ -138,6 +139,10 @@ class NoQuorum(Unavailable):
 
 class DiskFull(Unavailable):
     code = "disk_full"
+
+
+class StateDamaged(Unavailable):
+    code = "state_damaged"
 
 
 class ModelUnavailable(Unavailable):

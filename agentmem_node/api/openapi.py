@@ -209,7 +209,6 @@ _MEANINGS = {
     "no_quorum": "too few replicas can be reached; nothing is guessed",
     "disk_full": "writes are refused for want of disk; reads go on",
     "state_damaged": "what was asked for has rotted on this node; another has it, retry",
-    "record_damaged": "the same, of one record",
     "model_unavailable": "there is no embedding model",
     "shutting_down": "this node stops; ask another",
     "deadline_exceeded": "no answer in time; a write may have taken effect: repeat it with its "

@@ -38,8 +38,6 @@ class StorageDamaged(InternalError):
 class RecordDamaged(StateDamaged):
     """A row is not what was written: its checksum is wrong. Another replica has it."""
 
-    code = "record_damaged"
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

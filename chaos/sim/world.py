@@ -169,7 +169,7 @@ class World:
                 return
         if apart:
             self.judge.accuse("liveness", f"{apart}\n{self._statuses()}")
-        else:
+        elif self._play(plan.seconds):
             self._final_reads()
         if not self.judge.violations:
             ledgers = {group.id: self._ledger(group) for group in self._groups_now()}
