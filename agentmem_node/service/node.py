@@ -257,6 +257,7 @@ class Node:
             on_fatal=self._fatal,
         )
         self._replicas.fetch = fetch
+        await self._replicas.find_broken()
         self._membership = Membership(
             config,
             disk=disk,

@@ -32,7 +32,7 @@ from agentmem_cluster.errors import (
 )
 from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.link.link import Link
-from agentmem_cluster.raft.api import GroupStatus
+from agentmem_cluster.raft.api import GROUP_META, GroupStatus
 from agentmem_cluster.raft.applying import LogBehind
 from agentmem_cluster.raft.host import AsyncGroup, Host
 from agentmem_cluster.runtime import Clock, Disk
@@ -40,8 +40,14 @@ from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
 from agentmem_node.service.copying import Pace, Paused, Sources, asker, receive, tail
 from agentmem_node.service.routing import LocalShard, Routing
-from agentmem_node.storage.checkpoint import RecordDamaged, StorageDamaged
+from agentmem_node.storage.checkpoint import (
+    DATA_NAME,
+    RecordDamaged,
+    StorageDamaged,
+    damaged,
+)
 from agentmem_node.storage.snapshot import discard, partial_folder
+from agentmem_node.storage.walk import find_broken
 
 log = logging.getLogger("agentmem.replicas")
 
@@ -104,6 +110,7 @@ class Replicas:
         self._tasks: list[asyncio.Task[None]] = []
         self._copies: dict[str, asyncio.Task[None]] = {}
         self._begins: dict[str, asyncio.Task[None]] = {}
+        self._broken: set[Path] = set()
         self._resigning: dict[str, asyncio.Task[None]] = {}
         self._retry_s: dict[str, float] = {}
         self._lingering: list[tuple[float, Shard, Path | None]] = []
@@ -189,7 +196,17 @@ class Replicas:
 
     # -- States: where ReplicaSet gets its state machines from ------------------------------------
 
+    async def find_broken(self) -> None:
+        """Before anything is opened: which files nobody may look at, not even to say so."""
+        self._broken = await find_broken([self._folder / name for name in self._known_folders()])
+
+    def _known_folders(self) -> list[str]:
+        held = [one.folder for shard, one in self._record.held.items() if shard != GROUP_META]
+        return sorted({*held, *(ready.folder for ready in self._record.ready.values())})
+
     def open(self, shard: str, folder: str) -> EpochAware:
+        if self._folder / folder in self._broken:
+            raise damaged(self._folder / folder / DATA_NAME, "it ends whoever reads it")
         return self._open_shard(shard, self._folder / folder)
 
     def release(self, shard: str, folder: str, state: EpochAware) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import struct
 from pathlib import Path
 
 from agentmem_cluster.raft.api import GROUP_META
 from agentmem_node.model.ids import parse_id
+from agentmem_node.storage.walk import find_broken
 from tests.epochs.conftest import Cluster, run
 from tests.epochs.test_moving_a_shard import move
 
@@ -151,6 +154,44 @@ def test_rot_is_not_copied_to_another_node(tmp_path: Path) -> None:
             await cluster.stop()
 
     run(scenario)
+
+
+def test_a_page_that_ends_who_reads_it_costs_the_replica_and_not_the_node(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        names = ["n1", "n2", "n3"]
+        cluster = Cluster(tmp_path, names, shards=2)
+        await cluster.start(*names)
+        try:
+            memory_ids = [await cluster.add(f"user{n}", f"memory {n:04} " * 300) for n in range(50)]
+            await cluster.stop("n3")
+            shards = tmp_path / "n3" / "shards"
+            assert await find_broken([shards / "s00-e1", shards / "s01-e1"]) == set()
+            lengthen(shards / "s00-e1" / "data.mdb")
+            assert await find_broken([shards / "s00-e1", shards / "s01-e1"]) == {shards / "s00-e1"}
+            await cluster.start("n3")
+            replicas = cluster.nodes["n3"]._replicas
+            assert replicas is not None and "s01" in replicas.set.served
+            await cluster.until(
+                lambda: "s00" in replicas.set.served and replicas.set.served["s00"].info.epoch == 2,
+                "it is made anew",
+            )
+            for memory_id in memory_ids:
+                await cluster.read(memory_id, through=cluster.nodes["n3"])
+        finally:
+            await cluster.stop()
+
+    run(scenario)
+
+
+def lengthen(file: Path) -> None:
+    """Let LMDB believe that rows which have pages of their own reach far past the file's end."""
+    data = bytearray(file.read_bytes())
+    # A node: the length of its data (low, high), flags (1: on other pages), the length of its key.
+    nodes = list(re.finditer(rb"\x01\x00\x08\x00\x00{7}[\x01-\xff]", data))
+    assert nodes
+    for node in nodes:
+        struct.pack_into("<H", data, node.start() - 2, 0x1000)
+    file.write_bytes(data)
 
 
 def rot(file: Path, was: bytes, now: bytes) -> None:
