@@ -25,6 +25,7 @@ class Machine(Protocol):
     name: str
     disk: SimDisk
     incarnation: str
+    lost_index: Mapping[str, int]
 
     def durable_index(self, group: str) -> int: ...
 
@@ -97,7 +98,8 @@ class EpochJudge:
                 member
                 for member in target.members
                 if self._machines[member].durable_index(target.id) >= change.base.index
-                or self._lost_its_disk(member, target.id, change.from_epoch)
+                # It had it when it said so. That was true, and one lost disk loses no majority.
+                or self._machines[member].lost_index.get(target.id, 0) >= change.base.index
             ]
             if 2 * len(holders) <= len(target.members):
                 self._judge.accuse(
@@ -137,11 +139,6 @@ class EpochJudge:
                 "nothing after the seal",
                 f"{node} acknowledged {shard}/{index} in epoch {epoch}, sealed at {sealed[0]}",
             )
-
-    def _lost_its_disk(self, node: str, shard: str, epoch: int) -> bool:
-        machine = self._machines[node]
-        took = [self._took_part.get((node, shard, e)) for e in (epoch, epoch + 1)]
-        return any(one is not None and one != machine.incarnation for one in took)
 
 
 def _on_disk(machine: Machine) -> LocalRecord | None:

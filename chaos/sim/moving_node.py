@@ -45,6 +45,7 @@ class MovingNode(SimNode):
         self._shard_of: dict[str, str] = {}
         self._served: dict[str, Served] = {}
         self._lost: set[tuple[str, int]] = set()
+        self.lost_index: dict[str, int] = {}  # what the disks that it lost had of a group
         self._is_founder = self.name in voters
 
     # -- life and death --------------------------------------------------------------------------
@@ -128,6 +129,7 @@ class MovingNode(SimNode):
         for folder, group in self._shard_of.items():
             epoch = 1 if group == GROUP_META else int(folder.rpartition("-e")[2])
             self._lost.add((group, epoch))
+            self.lost_index[group] = max(self.lost_index.get(group, 0), self.durable_index(group))
         self._die(why, silent=True)
         self.lives += 1
         full, boot = self.disk.full, self.disk.boot

@@ -10,14 +10,18 @@ import pytest
 from agentmem_chaos.checker import Kind
 from agentmem_chaos.sim.clients import Call
 from agentmem_chaos.sim.disk import SimDisk
+from agentmem_chaos.sim.epochs import EpochJudge
 from agentmem_chaos.sim.invariants import Invariants
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.recency import Recency
 from agentmem_chaos.sim.schedule import Schedule, stream
 from agentmem_chaos.sim.story import Story
+from agentmem_cluster.epochs.change import Base, Phase
+from agentmem_cluster.epochs.change import Change as EpochChange
 from agentmem_cluster.journal.group import GroupLog
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft.api import Entry, GroupStatus, Role
+from agentmem_cluster.shardmap import ShardInfo
 
 STATUS = GroupStatus(
     id="meta",
@@ -113,3 +117,41 @@ def test_a_read_that_shows_less_than_was_answered_before_it_is_stale() -> None:
     assert judge.violations == []
     recency.answered(a_call(Kind.READ, 6), seen)
     assert [violation.rule for violation in judge.violations] == ["stale reads"]
+
+
+@dataclasses.dataclass
+class AMachine:
+    name: str
+    has: int  # the last entry of s00 that its disk would keep
+    had: int  # and that the disks had which it lost
+    incarnation: str = "one"
+
+    @property
+    def disk(self) -> SimDisk:
+        return SimDisk(stream(1, self.name))
+
+    @property
+    def lost_index(self) -> dict[str, int]:
+        return {"s00": self.had}
+
+    def durable_index(self, group: str) -> int:
+        return self.has
+
+
+@pytest.mark.parametrize(
+    ("second", "is_accused"),
+    [((71, 0), False), ((70, 0), True), ((0, 71), False), ((0, 70), True)],
+    ids=["has it", "has less", "had it on a disk that is lost", "had less"],
+)
+def test_an_epoch_is_founded_on_a_majority_that_has_its_base_or_had_it(
+    second: tuple[int, int], is_accused: bool
+) -> None:
+    judge = a_judge()
+    machines = [AMachine("n1", 71, 0), AMachine("n2", *second), AMachine("n3", 0, 0)]
+    epochs = EpochJudge({machine.name: machine for machine in machines}, judge, Schedule())
+    members = ("n1", "n2", "n3")
+    target = ShardInfo("s00", 2, members, "n1", 0, 16_384)
+
+    epochs.founded(EpochChange("c1", "s00", 1, members, (target,), Phase.FOUNDED, base=Base(71, 3)))
+
+    assert [v.rule for v in judge.violations] == ["founded on a majority"] * is_accused
