@@ -9,6 +9,7 @@ from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.link.link import Link
 from agentmem_cluster.raft.api import GroupStatus, Role
 from agentmem_cluster.raft.host import Host
+from agentmem_cluster.shardmap import ShardMap
 from agentmem_node.config import Config
 from agentmem_node.observe.snapshot import (
     CacheSnapshot,
@@ -149,11 +150,27 @@ class Status:
             reasons["catching_up"] = behind
         if lost:
             reasons["replica_needs_reseed"] = lost
+        view = self._membership.view
+        missing = [] if view is None else self._missing(view.map)
+        if missing:
+            reasons["replica_missing"] = missing
         if self._replicas.damaged:
             reasons["replica_damaged"] = sorted(self._replicas.damaged)
         if self.disk_is_full:
             reasons["disk"] = "almost full: writes are refused, reads are served"
         return is_member and not (leaderless or behind), reasons
+
+    def _missing(self, shard_map: ShardMap) -> list[str]:
+        """Shards that count on this node, which has no replica of them: it lost it, or copies it.
+
+        The others have the quorum, and this node serves its other shards, so it stays ready; who
+        restarts nodes one by one waits until this is gone.
+        """
+        return sorted(
+            shard
+            for shard, info in shard_map.shards.items()
+            if self._config.node.id in info.members and shard not in self._routing.local
+        )
 
     # -- metrics --------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from agentmem_chaos.checkers.base import Damage
 from agentmem_chaos.errors import ChaosError
 from agentmem_chaos.hosts.base import Need
 from agentmem_chaos.nemeses.base import Field, Nemesis
-from agentmem_chaos.runs.ready import wait_ready
+from agentmem_chaos.runs.ready import NOT_WHOLE, wait_ready
 
 ANSWER_S_MAX = 30.0
 RECOVER_S_MAX = 40.0
@@ -122,12 +122,7 @@ class _DamageNode(Nemesis):
                     shutil.copyfile(self._backup, self._file)
                 await field.hosts.start(node)
             # What it lost it must have again before another node is struck.
-            await wait_ready(
-                field.hosts,
-                field.nodes,
-                RECOVER_S_MAX,
-                but_for=("replica_damaged", "replica_needs_reseed"),
-            )
+            await wait_ready(field.hosts, field.nodes, RECOVER_S_MAX, but_for=NOT_WHOLE)
         if self._backup is not None:
             self._backup.unlink(missing_ok=True)
 

@@ -13,6 +13,8 @@ from agentmem_chaos.hosts.base import Hosts
 
 PROBE_S_MAX = 1.0
 _POLL_S = 0.05
+# A node is ready without these replicas: others answer for them. Its shards have one vote less.
+NOT_WHOLE = ("replica_damaged", "replica_missing", "replica_needs_reseed")
 
 
 async def is_ready(session: aiohttp.ClientSession, url: str, but_for: Collection[str] = ()) -> bool:

@@ -16,7 +16,7 @@ from agentmem_chaos.nemeses.plan import CALM_BETWEEN_S, Strike
 from agentmem_chaos.nemeses.registry import NEMESES
 from agentmem_chaos.runs import probe
 from agentmem_chaos.runs.observer import Observer
-from agentmem_chaos.runs.ready import wait_ready
+from agentmem_chaos.runs.ready import NOT_WHOLE, wait_ready
 
 STRIKE_S_MAX = 90.0
 UNDO_S_MAX = 60.0
@@ -175,7 +175,7 @@ class Striker:
     async def _whole(self) -> None:
         """Wait for a whole cluster: some faults are survived by the others' copies only."""
         try:
-            await wait_ready(self.hosts, self.hosts.nodes, READY_S_MAX)
+            await wait_ready(self.hosts, self.hosts.nodes, READY_S_MAX, but_for=NOT_WHOLE)
         except ChaosError as error:
             self.tell(f"the cluster is not whole: {error}")
 

@@ -25,7 +25,7 @@ class Machine(Protocol):
     name: str
     disk: SimDisk
     incarnation: str
-    lost_index: Mapping[str, int]
+    lost_index: dict[str, int]
 
     def durable_index(self, group: str) -> int: ...
 

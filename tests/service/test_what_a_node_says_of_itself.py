@@ -15,7 +15,9 @@ from agentmem_node.service.status import Status
 from agentmem_node.service.view import View
 
 
-def status_of(tenants: list[str], needs_reseed: bool = False, damaged: str = "") -> Status:
+def status_of(
+    tenants: list[str], needs_reseed: bool = False, damaged: str = "", has_replica: bool = True
+) -> Status:
     nodes = {
         name: NodeInfo(f"{name}:1", f"http://{name}", "1", zone=f"zone of {name}")
         for name in ("a", "b", "c")
@@ -42,6 +44,9 @@ def status_of(tenants: list[str], needs_reseed: bool = False, damaged: str = "")
         require_view=lambda: view, meta_status=lambda: None, view=view, is_admitted=True
     )
     host = SimpleNamespace(groups={"s00": local.group})
+    if not has_replica:
+        routing.local.clear()
+        host.groups.clear()
     replicas = SimpleNamespace(damaged={damaged: "a row"} if damaged else {})
     parts: list[Any] = [config, routing, membership, replicas, host, None, None]
     return Status(*parts)
@@ -55,6 +60,7 @@ def test_a_replica_that_cannot_catch_up_is_named_and_the_node_still_serves() -> 
     assert status_of([]).ready() == (True, {})
     assert status_of([], needs_reseed=True).ready() == (True, {"replica_needs_reseed": ["s00"]})
     assert status_of([], damaged="s00").ready() == (True, {"replica_damaged": ["s00"]})
+    assert status_of([], has_replica=False).ready() == (True, {"replica_missing": ["s00"]})
 
 
 def test_every_node_is_told_with_its_state_and_zone_until_it_was_removed() -> None:
