@@ -180,6 +180,11 @@ class Shard:
             self._durable_next = self.applied_index
         return job
 
+    @property
+    def is_checkpointing(self) -> bool:
+        """A checkpoint was begun and is not known to have succeeded: none begins before it does."""
+        return self._store.env.is_checkpointing
+
     def checkpoint_done(self, job: CheckpointJob) -> None:
         self._store.env.checkpoint_done(job)
         self._durable_index = self._durable_next

@@ -109,6 +109,7 @@ class Replicas:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._copies: dict[str, asyncio.Task[None]] = {}
+        self._syncs: dict[str, asyncio.Task[None]] = {}  # of copies, by folder
         self._begins: dict[str, asyncio.Task[None]] = {}
         self._broken: set[Path] = set()
         self._resigning: dict[str, asyncio.Task[None]] = {}
@@ -310,7 +311,7 @@ class Replicas:
                 and machine.durable_index < machine.inner.applied_index  # rebased after a start
                 and staged.info.id not in self._copies
             ):
-                self._start(staged, self._make_usable(staged, machine))
+                self._start(staged, self._make_usable(staged))
         if self.set.map is not None:
             for staged in self.set.drop_copies(list(self.set.staged.values())):
                 self._drop(staged)
@@ -559,6 +560,7 @@ class Replicas:
         ask = asker(self._link.call if self._link is not None else _no_link, source, here)
         staged.state, staged.error = Staging.COPYING, ""
         try:
+            await self._end_last_attempt(staged, folder)
             if staged.machine is None:
                 await self._receive(staged, shard, folder, ask)
             await self._follow(staged, shard, ask)
@@ -575,6 +577,7 @@ class Replicas:
         folder = self._folder / staged.folder
         staged.state, staged.error = Staging.COPYING, ""
         try:
+            await self._end_last_attempt(staged, folder)
             if staged.machine is None:
                 if folder.exists():
                     self._discard(folder)
@@ -585,11 +588,10 @@ class Replicas:
                 await asyncio.to_thread(self.fetch, change.source, change.shard, folder, progress)
                 state = self._open_shard(staged.info.id, folder)
                 staged.machine = EpochMachine(state, staged.follows)
-            machine = staged.machine
-            await self._make_durable(machine)
+            await self._make_durable(staged)
             await self._complete(staged)
             while self.set.staged.get(staged.info.id) is staged:
-                await self._make_durable(machine)
+                await self._make_durable(staged)
                 self.settle()
                 await asyncio.sleep(_BUSY_S)
         except (AgentMemError, OSError, ValueError, KeyError) as error:
@@ -604,6 +606,9 @@ class Replicas:
             del self.set.staged[staged.info.id]  # so that it is wanted again
             if staged.machine is not None:
                 self._put_aside(staged, self._folder / staged.folder)
+        elif _is_unsure(staged):
+            # No other checkpoint of it would ever begin, and its pages may be lost: once more.
+            self._put_aside(staged, self._folder / staged.folder)
 
     async def _receive(self, staged: Staged, shard: str, folder: Path, ask: Any) -> None:
         def progress(done: int, total: int) -> None:
@@ -670,7 +675,7 @@ class Replicas:
             if machine.is_sealed and staged.follows < staged.info.epoch:
                 if self._is_part(staged) and not staged.is_restricted:
                     await self._restrict(staged, machine)
-                await self._make_durable(machine)
+                await self._make_durable(staged)
                 await self._complete(staged)
                 failpoint("copying.after_complete")
                 self.poke()  # not settled here: that the record cannot be written fails no copy
@@ -679,19 +684,15 @@ class Replicas:
                 continue
             staged.state = Staging.FOLLOWING
             if staged.follows == staged.info.epoch:
-                await self._make_durable(machine)
+                await self._make_durable(staged)
                 self.poke()
             elif self._clock.monotonic() >= durable_s:
-                await self._make_durable(machine)  # so that little is left after the seal
+                await self._make_durable(staged)  # so that little is left after the seal
                 durable_s = self._clock.monotonic() + _DURABLE_EVERY_S
             await asyncio.sleep(_TAIL_POLL_S)
 
-    async def _make_usable(self, staged: Staged, machine: EpochMachine) -> None:
-        try:
-            await self._make_durable(machine)
-        except OSError as error:
-            log.warning("cannot make the copy of %s durable: %s", staged.info.id, error)
-            await asyncio.sleep(_RETRY_S)
+    async def _make_usable(self, staged: Staged) -> None:
+        await self._make_durable(staged)
         self.poke()
 
     async def _complete(self, staged: Staged) -> None:
@@ -717,11 +718,34 @@ class Replicas:
             await asyncio.sleep(0)  # heartbeats go on meanwhile
         staged.is_restricted = True  # twice would be another digest than the other replicas'
 
-    async def _make_durable(self, machine: EpochMachine) -> None:
+    async def _make_durable(self, staged: Staged) -> None:
+        """Raises InternalError, OSError: what the disk has of the copy is unknown then."""
+        machine = staged.machine
+        assert machine is not None
         job = machine.checkpoint()
-        if job is not None:
-            await asyncio.to_thread(job.run)
-            machine.checkpoint_done(job)
+        if job is None:
+            return
+        while True:
+            sync = asyncio.create_task(asyncio.to_thread(job.run))
+            sync.add_done_callback(lambda sync: sync.cancelled() or sync.exception())
+            self._syncs[staged.folder] = sync
+            try:
+                await asyncio.shield(sync)  # the thread goes on, whoever ends this copy
+                break
+            except DiskFull as error:
+                staged.error = str(error)
+                log.warning("the copy of %s waits for room: %s", staged.info.id, error)
+                self._sweep_s = 0.0
+                await asyncio.sleep(_RETRY_S)
+        machine.checkpoint_done(job)
+
+    async def _end_last_attempt(self, staged: Staged, folder: Path) -> None:
+        """The one before may have been given up while a thread was syncing this very folder."""
+        sync = self._syncs.pop(staged.folder, None)
+        if sync is not None:
+            await asyncio.wait([sync])
+        if _is_unsure(staged):
+            self._put_aside(staged, folder)
 
     def _drop(self, staged: Staged) -> None:
         task = self._copies.get(staged.info.id)
@@ -756,6 +780,15 @@ def _no_backups(source: str, shard: str, *_: Any) -> None:
 
 async def _no_link(*_: Any, **__: Any) -> Any:
     raise NotLeader("This node runs alone.")
+
+
+def _is_unsure(staged: Staged) -> bool:
+    """Whether a checkpoint of a copy was begun and never known to be on the disk."""
+    if staged.machine is None:
+        return False
+    state = staged.machine.inner
+    assert isinstance(state, Shard)
+    return state.is_checkpointing
 
 
 class _Groups:

@@ -85,7 +85,8 @@ class CheckpointJob:
     """Makes one snapshot durable. `run` may be called in any thread.
 
     It raises DiskFull when there was no room for the checkpoint file, and may then be called
-    again. After any other error it is unknown what the disk holds, and the process must stop.
+    again. After any other error it is unknown what the disk holds: a replica's process must stop,
+    and a copy that nobody counts on yet be made again.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, pin: Any) -> None:
@@ -298,6 +299,11 @@ class Environment:
         metas = os.pread(self._data_fd, 2 * self._page_bytes, 0)
         self._job = CheckpointJob(self.folder, Checkpoint(metas, state), pin)
         return self._job
+
+    @property
+    def is_checkpointing(self) -> bool:
+        """A checkpoint was begun and is not known to have succeeded."""
+        return self._job is not None
 
     def checkpoint_done(self, job: CheckpointJob) -> None:
         """To be called after `job.run()` succeeded: from now on its snapshot is the one kept."""

@@ -130,18 +130,26 @@ class SnapshotWriter:
         return None if standing is None else chunk_hash(standing)
 
     def standing(self, number: int) -> bytes | None:
-        """What an earlier writer left at that chunk's place."""
+        """What an earlier writer left at that chunk's place. Raises OSError.
+
+        It is written again as it is: if that writer's sync failed, the kernel has dropped pages
+        that it still shows, and takes them for clean. The sync at the end must cover all of them.
+        """
         start = number * CHUNK_BYTES
         if start >= self._had_bytes:
             return None
-        wanted = min(CHUNK_BYTES, self.size_bytes - start)
-        return os.pread(self._fd, wanted, start)
+        data = os.pread(self._fd, min(CHUNK_BYTES, self.size_bytes - start), start)
+        self._write_at(start, data)
+        return data
 
     def write(self, number: int, data: bytes) -> None:
         """Raises OSError, ValueError when the chunk has the wrong length."""
         start = number * CHUNK_BYTES
         if len(data) != min(CHUNK_BYTES, self.size_bytes - start):
             raise ValueError(f"chunk {number} has {len(data)} bytes")
+        self._write_at(start, data)
+
+    def _write_at(self, start: int, data: bytes) -> None:
         view = memoryview(data)
         while view:
             written = os.pwrite(self._fd, view, start)

@@ -558,13 +558,14 @@ class SimReplicas:
             if copy.over or self.set.staged.get(copy.staged.info.id) is not copy.staged:
                 self._end(copy)
             elif failure is not None:
-                self._fail(copy, failure)
+                self._fail(copy, failure, is_unsure=True)
             else:
                 then()
 
         self._home.after_sync(job.run, done)
 
-    def _fail(self, copy: _Copy, error: Exception) -> None:
+    def _fail(self, copy: _Copy, error: Exception, *, is_unsure: bool = False) -> None:
+        """`is_unsure`: whether what the disk has of it is unknown."""
         staged = copy.staged
         self._end(copy)
         staged.state, staged.error = Staging.FAILED, str(error)
@@ -572,7 +573,7 @@ class SimReplicas:
         is_paused = isinstance(error, Refused) and error.reason == Paused.code
         if self.set.staged.get(staged.info.id) is not staged:
             return
-        if is_paused or not staged.change_id:
+        if is_paused or is_unsure or not staged.change_id:
             if staged.machine is not None:
                 self._home.close_state(staged.folder)
                 staged.machine = None
