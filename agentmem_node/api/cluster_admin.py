@@ -25,11 +25,7 @@ async def list_operations(api: Api, exchange: Exchange, query: object) -> Reply:
 
 
 async def get_operation(api: Api, exchange: Exchange, query: object) -> Reply:
-    found = await api.service.operations(exchange.caller)
-    for operation in found:
-        if operation.id == exchange.memory_id:
-            return json_reply(operation)
-    raise ops.unknown("operation", exchange.memory_id, [operation.id for operation in found])
+    return json_reply(await api.service.operation(exchange.caller, exchange.memory_id))
 
 
 async def stop_operation(api: Api, exchange: Exchange, query: object) -> Reply:

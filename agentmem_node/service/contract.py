@@ -106,6 +106,10 @@ class NodeService(Protocol):
         """Newest first, with their progress. Any node answers."""
         ...
 
+    async def operation(self, caller: Caller, operation_id: str) -> ops.Operation:
+        """Raises NotFound, and Unavailable while nobody can say that there is none."""
+        ...
+
     async def control_operation(
         self, caller: Caller, operation_id: str, action: ops.Action
     ) -> ops.Operation:

@@ -594,6 +594,9 @@ class Node:
     async def operations(self, caller: Caller) -> list_[ops.Operation]:
         return await self._operations.listed()
 
+    async def operation(self, caller: Caller, operation_id: str) -> ops.Operation:
+        return await self._operations.get(operation_id)
+
     async def control_operation(
         self, caller: Caller, operation_id: str, action: str
     ) -> ops.Operation:

@@ -144,13 +144,33 @@ class Operations:
     async def listed(self) -> list[ops.Operation]:
         """Newest first, as the meta group's leader sees them: what was begun a moment ago is there,
         with its progress. What this node knows, when no leader can be reached."""
-        if not self._membership.leads and self._link is not None:
-            try:
-                wire = await self._membership.ask_leader("operations.list", {}, _CALL_S)
-                return msgspec.json.decode(wire, type=list[ops.Operation])
-            except AgentMemError as error:
-                log.debug("no operations from the leader of the meta group: %s", error)
-        return self._listed_here()
+        try:
+            return await self._listed_by_leader()
+        except AgentMemError as error:
+            log.debug("no operations from the leader of the meta group: %s", error)
+            return self._listed_here()
+
+    async def get(self, operation_id: str) -> ops.Operation:
+        """Raises NotFound; not before the leader has been asked, since what was begun a moment ago
+        may not have come here yet: Unavailable and its like say that there is none to ask."""
+        unasked: AgentMemError | None = None
+        try:
+            found = await self._listed_by_leader()
+        except AgentMemError as error:
+            unasked, found = error, self._listed_here()
+        for operation in found:
+            if operation.id == operation_id:
+                return operation
+        raise unasked or ops.unknown("operation", operation_id, [one.id for one in found])
+
+    async def _listed_by_leader(self) -> list[ops.Operation]:
+        if self._link is None:
+            return self._listed_here()
+        if self._membership.leads:
+            await self._membership.read_state()  # one that was deposed a moment ago raises
+            return self._listed_here()
+        wire = await self._membership.ask_leader("operations.list", {}, _CALL_S)
+        return msgspec.json.decode(wire, type=list[ops.Operation])
 
     def _listed_here(self) -> list[ops.Operation]:
         view = self._membership.require_view()
@@ -159,7 +179,7 @@ class Operations:
         return [one.shown(progress.get(one.id, {})) for one in found]
 
     async def _on_list(self, _peer: str, _body: dict[str, Any]) -> bytes:
-        self._must_lead()
+        await self._membership.read_state()  # only the leader can
         return msgspec.json.encode(self._listed_here())
 
     async def control(self, operation_id: str, action: str) -> ops.Operation:

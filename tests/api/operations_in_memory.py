@@ -119,6 +119,12 @@ class OperationsInMemory:
             step.state, step.done_bytes = "done", step.total_bytes
             self.shards[step.shard] = step.to_members
 
+    async def operation(self, caller: Caller, operation_id: str) -> ops.Operation:
+        found = {operation.id: operation for operation in await self.operations(caller)}
+        if operation_id not in found:
+            raise ops.unknown("operation", operation_id, found)
+        return found[operation_id]
+
     async def control_operation(
         self, caller: Caller, operation_id: str, action: ops.Action
     ) -> ops.Operation:

@@ -292,3 +292,25 @@ def test_a_step_that_was_begun_but_not_noted_is_not_taken_for_given_up(tmp_path:
             await cluster.stop()
 
     run(scenario)
+
+
+def test_an_operation_is_not_said_to_be_none_before_the_leader_was_asked(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3"], shards=1)
+        await cluster.start("n1", "n2", "n3")
+        try:
+            leader = cluster.meta_leader()
+            others = [node for node in cluster.nodes.values() if node is not leader]
+            for node in others:
+                with pytest.raises(NotFound):
+                    await node.operation(cluster.caller(node), "move-1")
+            begun = await begin(cluster, kind="rebalance")
+            for node in cluster.nodes.values():
+                assert (await node.operation(cluster.caller(node), begun.id)).id == begun.id
+            await cluster.stop(*(name for name, n in cluster.nodes.items() if n is not others[0]))
+            with pytest.raises(Unavailable):
+                await others[0].operation(cluster.caller(others[0]), "move-1")
+        finally:
+            await cluster.stop()
+
+    run(scenario)
