@@ -13,6 +13,7 @@ counts is the running maximum, which never goes back; the shard's own ledger kee
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,20 @@ class Contents(NamedTuple):
 
     entries: list[Entry]
     slots: tuple[int, int]
+
+
+class Part(NamedTuple):
+    """A shard from one of its epochs on, with slots [first, end): as a split made it, or as it was
+    backed up. `base`: the entry before its first one."""
+
+    shard: str
+    slots: tuple[int, int]
+    epoch: int
+    base: int
+
+
+# What a shard was of, the whole first: its state is that of the whole up to the base of the next.
+Lineage = tuple[Part, ...]
 
 
 class Reached(msgspec.Struct, frozen=True):
@@ -180,6 +195,92 @@ class Archive:
         """What is missing between entry `after` and the end, over all epochs."""
         return gaps(self.segments(shard), after)
 
+    def lineages(self, whole: Part, until_ms: int) -> list[Lineage]:
+        """What has become of a shard by `until_ms`: itself alone, or the parts that it was split
+        into, and those of the parts. Raises RestoreImpossible when one of them was not archived."""
+        return list(self._lineages((whole,), until_ms))
+
+    def _lineages(self, lineage: Lineage, until_ms: int) -> Iterator[Lineage]:
+        parts = self._split_of(lineage[-1], until_ms)
+        if not parts:
+            yield lineage
+        for part in parts:
+            yield from self._lineages((*lineage, part), until_ms)
+
+    def _split_of(self, whole: Part, until_ms: int) -> list[Part]:
+        """The parts of a shard, in the order of their slots; none when it was not split by then.
+
+        Its own first segment with other slots tells of a split. What else begins at the entry
+        after its seal, with some of its slots, is the rest of it.
+        """
+        own = None
+        for segment in self._first_of_epochs(whole.shard):
+            if segment.epoch > whole.epoch and self.read(segment).slots != whole.slots:
+                own = segment
+                break
+        if own is None:
+            return []
+        base = own.first - 1
+        parts = [Part(whole.shard, self.read(own).slots, own.epoch, base)]
+        for shard in self._shards():
+            first = next(iter(self.segments(shard)), None)
+            if first is None or shard == whole.shard or first.first != own.first:
+                continue
+            slots = self.read(first).slots
+            if whole.slots[0] <= slots[0] and slots[1] <= whole.slots[1]:
+                parts.append(Part(shard, slots, first.epoch, base))
+        if not any(self._is_written(part, until_ms) for part in parts):
+            return []  # up to that moment the whole is as good as its parts
+        parts.sort(key=lambda part: part.slots)
+        ends = [whole.slots[0], *(part.slots[1] for part in parts)]
+        starts = [*(part.slots[0] for part in parts), whole.slots[1]]
+        for end, start in zip(ends, starts, strict=True):
+            if end != start:
+                raise RestoreImpossible(
+                    f"Shard {whole.shard} was split at entry {base}, and the log of the part with "
+                    f"slots {end} to {start - 1} was not archived.",
+                    hint="Restore a moment before that, or one after a later backup.",
+                    shard=whole.shard,
+                )
+        return parts
+
+    def _is_written(self, part: Part, until_ms: int) -> bool:
+        for segment in self.segments(part.shard):
+            if segment.epoch >= part.epoch:
+                for entry in self.read(segment).entries:
+                    at_ms = at_ms_of(entry.command)
+                    if at_ms is not None:
+                        return at_ms <= until_ms
+        return False
+
+    def _first_of_epochs(self, shard: str) -> Iterator[Segment]:
+        known = 0
+        for segment in self.segments(shard):
+            if segment.epoch > known:
+                known = segment.epoch
+                yield segment
+
+    def _shards(self) -> list[str]:
+        prefix = f"{REACHED_PREFIX}{self.cluster_id}/"
+        names = [item.name[len(prefix) :] for item in self._store.list(prefix)]
+        return sorted(name.removesuffix(".json") for name in names)
+
+    def gaps_of(self, lineage: Lineage, after: int) -> list[Gap]:
+        """What is missing of a part behind entry `after`, in the logs that its state comes from."""
+        found = []
+        ends = [part.base for part in lineage[1:]]
+        for part, end in itertools.zip_longest(lineage, ends):
+            for segment in self.segments(part.shard):
+                if segment.epoch >= part.epoch and (end is None or segment.first <= end):
+                    last = segment.last if end is None else min(segment.last, end)
+                    found.append(segment._replace(last=last))
+        return gaps(found, after)
+
+    def last_of(self, part: Part) -> int:
+        """The last entry that is archived; what the part begins with when there is none."""
+        own = (s.last for s in self.segments(part.shard) if s.epoch >= part.epoch)
+        return max(own, default=part.base)
+
     def entries(
         self,
         shard: str,
@@ -191,8 +292,8 @@ class Archive:
         """What follows entry `after` of `epoch`, in the history that holds at `until_ms`.
 
         Batches end before the first entry that may be too late; the caller keeps the running
-        maximum. Raises RestoreImpossible at a gap, and where the shard has not `slots` any more
-        because it was split; BackupDamaged, BackupMissing.
+        maximum. It ends where the shard has not `slots` any more, because it was split: `lineages`
+        says into what. Raises RestoreImpossible at a gap; BackupDamaged, BackupMissing.
         """
         chain = _Chain(self, self.segments(shard), epoch, until_ms)
         expected = after + 1
@@ -205,11 +306,7 @@ class Archive:
             batch = []
             contents = self.read(segment)
             if slots is not None and contents.slots != slots:
-                raise RestoreImpossible(
-                    f"Shard {shard} was split at entry {segment.first - 1}.",
-                    hint="Restore a moment before that, or one after a later backup.",
-                    shard=shard,
-                )
+                return
             for entry in contents.entries:
                 if not expected <= entry.index <= end:
                     continue

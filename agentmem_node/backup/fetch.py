@@ -20,7 +20,7 @@ import msgspec
 
 from agentmem_cluster.errors import InternalError
 from agentmem_cluster.raft.api import Entry
-from agentmem_node.backup.archive import Archive, Gap, at_ms_of, gaps
+from agentmem_node.backup.archive import Archive, Gap, Lineage, Part, at_ms_of, gap_error
 from agentmem_node.backup.catalog import choose
 from agentmem_node.backup.chunks import Chunks, hash_of
 from agentmem_node.backup.content import Content, content_of
@@ -51,13 +51,29 @@ class Fetched(NamedTuple):
 
 
 class ShardPlan(NamedTuple):
-    """What restoring a shard would use. `archived_to`: the last entry in the log's archive."""
+    """What restoring a shard would use. `archived_to`: the last entry in the log's archive.
 
-    id: str
+    `lineage` begins with the shard in the backup. It has more than one part for a shard that a
+    split has made since; `id` and `slots` are the last one's.
+    """
+
+    lineage: Lineage
     backup_index: int
     archived_to: int
     archived_ms: int | None
     gaps: list[Gap]
+
+    @property
+    def id(self) -> str:
+        return self.lineage[-1].shard
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        return self.lineage[-1].slots
+
+    @property
+    def in_backup(self) -> str:
+        return self.lineage[0].shard
 
 
 class Plan(NamedTuple):
@@ -72,36 +88,50 @@ class Plan(NamedTuple):
 def plan(store: ObjectStore, *, backup_id: str | None = None, until_ms: int | None = None) -> Plan:
     """How to come to a moment. Raises BackupMissing, BackupDamaged when there is no way at all."""
     manifest = choose(store, backup_id=backup_id, until_ms=until_ms)
+    wholes = [_whole(manifest, shard) for shard in manifest.shards]
     if until_ms is None:
-        shards = [ShardPlan(s.id, s.applied_index, 0, None, []) for s in manifest.shards]
-        return Plan(manifest, None, shards, [])
-    faults = []
+        return Plan(manifest, None, [ShardPlan((w,), w.base, 0, None, []) for w in wholes], [])
+    faults: list[str] = []
     if until_ms < manifest.at_ms:
         faults.append(
             f"backup {manifest.id} was made at {format_ms(manifest.at_ms)}, after that moment"
         )
     archive = Archive(store, manifest.cluster_id)
     shards = []
-    for shard in manifest.shards:
-        made = _shard_plan(archive, shard)
-        shards.append(made)
-        if until_ms <= manifest.at_ms:
-            continue
-        if made.archived_ms is None or made.archived_ms < until_ms:
-            reach = "never" if made.archived_ms is None else f"until {format_ms(made.archived_ms)}"
-            faults.append(f"the log of {shard.id} was archived {reach}")
+    for whole in wholes:
+        try:
+            lineages = archive.lineages(whole, until_ms)
+        except RestoreImpossible as error:
+            faults.append(error.message.rstrip("."))
+            lineages = [(whole,)]
+        for lineage in lineages:
+            made = _shard_plan(archive, lineage)
+            shards.append(made)
+            if until_ms <= manifest.at_ms:
+                continue
+            if made.archived_ms is None or made.archived_ms < until_ms:
+                ms = made.archived_ms
+                faults.append(
+                    f"the log of {made.id} was archived "
+                    + ("never" if ms is None else f"until {format_ms(ms)}")
+                )
     return Plan(manifest, until_ms, shards, faults)
 
 
-def _shard_plan(archive: Archive, shard: ShardBackup) -> ShardPlan:
-    segments = [s for s in archive.segments(shard.id) if s.last > shard.applied_index]
-    reached = archive.reached(shard.id)
+def _whole(manifest: Manifest, shard: ShardBackup) -> Part:
+    info = manifest.shard_map.shards[shard.id]
+    return Part(shard.id, (info.slot_start, info.slot_end), shard.epoch, shard.applied_index)
+
+
+def _shard_plan(archive: Archive, lineage: Lineage) -> ShardPlan:
+    whole, last = lineage[0], lineage[-1]
+    reached = archive.reached(last.shard)
     return ShardPlan(
-        shard.id,
-        shard.applied_index,
-        max((s.last for s in segments), default=shard.applied_index),
+        lineage,
+        whole.base,
+        max(whole.base, archive.last_of(last)),
         None if reached is None else reached.at_ms,
-        gaps(segments, shard.applied_index),
+        archive.gaps_of(lineage, whole.base),
     )
 
 
@@ -112,10 +142,13 @@ def fetch_shard(
     folder: Path,
     *,
     until_ms: int | None = None,
+    part: str | None = None,
     progress: Progress | None = None,
     map_bytes: int = MAP_BYTES_DEFAULT,
 ) -> Fetched:
     """Make `folder` the shard as it was at the cut, or at `until_ms`. Blocks; one thread only.
+
+    `part`: which of the shards that it was split into by then (`ShardPlan.id`).
 
     Every chunk and the rolling digest are checked before anything is replayed, and the content
     digest when nothing was. Raises BackupDamaged, BackupMissing, BackupUnreachable,
@@ -127,13 +160,18 @@ def fetch_shard(
     if folder.exists():
         raise InternalError(f"{folder} is there already: a restore must not replace it.")
     staged = folder.with_name(folder.name + ".fetch")
-    _claim(staged, f"{manifest.id} {shard.digest.hex()} {until_ms}")
+    lineage = _lineage(store, manifest, shard, until_ms, part)
+    _claim(staged, f"{manifest.id} {shard.digest.hex()} {until_ms} {lineage[1:]}")
+    if len(lineage) > 1:
+        discard(staged)  # how far an interrupted attempt had come in which part, nobody knows
     if not staged.exists():
         _download(store, shard, staged, progress)
     dim = manifest.model.dim
     replayed = 0
     if until_ms is not None:
-        replayed = _replay(store, manifest, shard, staged, dim, until_ms, progress, map_bytes)
+        replayed = _replay(
+            store, manifest, shard, lineage, staged, dim, until_ms, progress, map_bytes
+        )
     fetched = _look(staged, dim, replayed)
     if until_ms is None or not replayed:
         _check(manifest, shard, fetched)
@@ -142,6 +180,30 @@ def fetch_shard(
     sync_folder(folder.parent)
     _claim_of(staged).unlink(missing_ok=True)
     return fetched
+
+
+def _lineage(
+    store: ObjectStore,
+    manifest: Manifest,
+    shard: ShardBackup,
+    until_ms: int | None,
+    part: str | None,
+) -> Lineage:
+    whole = _whole(manifest, shard)
+    if until_ms is None:
+        return (whole,)
+    lineages = Archive(store, manifest.cluster_id).lineages(whole, until_ms)
+    found = [one for one in lineages if part in (None, one[-1].shard)]
+    if len(found) == 1 and (part is not None or len(found[0]) == 1):
+        return found[0]
+    into = ", ".join(one[-1].shard for one in lineages)
+    raise RestoreImpossible(
+        f"Shard {shard.id} was split at entry {lineages[0][1].base}: by then it is {into}."
+        if len(lineages) > 1
+        else f"Shard {shard.id} has not become {part} by then.",
+        hint="`agentmem backup restore` brings back the memories of all parts.",
+        shard=shard.id,
+    )
 
 
 def abandon(folder: Path) -> None:
@@ -187,14 +249,15 @@ def _replay(
     store: ObjectStore,
     manifest: Manifest,
     shard: ShardBackup,
+    lineage: Lineage,
     staged: Path,
     dim: int,
     until_ms: int,
     progress: Progress,
     map_bytes: int,
 ) -> int:
-    """Entries applied. The shard is closed with a checkpoint: a crash before it loses nothing
-    but the work."""
+    """How many entries further the shard is. It is closed with a checkpoint: a crash before it
+    loses nothing but the work."""
     progress.phase = "replaying"
     newest_ms = shard.newest_ms
     if newest_ms > until_ms:
@@ -209,22 +272,45 @@ def _replay(
         start = open_shard.applied_index
         if start == shard.applied_index and open_shard.digest() != shard.digest:
             raise _differs(manifest, shard, "the digest of its log")
-        info = manifest.shard_map.shards[shard.id]
-        slots = (info.slot_start, info.slot_end)
         epoch = open_shard.epoch_state.epoch
-        for batch in archive.entries(shard.id, start, epoch, until_ms, slots):
-            progress.check()
-            wanted: list[Entry] = []
-            for entry in batch:
-                at_ms = at_ms_of(entry.command)
-                if at_ms is not None and at_ms > until_ms:
-                    _apply(open_shard, wanted)
-                    return open_shard.applied_index - shard.applied_index
-                wanted.append(entry)
-            _apply(open_shard, wanted)
+        for number, part in enumerate(lineage):
+            if number:
+                if open_shard.applied_index != part.base:
+                    raise gap_error(part.shard, Gap(open_shard.applied_index + 1, part.base))
+                _restrict(open_shard, part, progress)
+                epoch = part.epoch
+            entries = archive.entries(
+                part.shard, open_shard.applied_index, epoch, until_ms, part.slots
+            )
+            if not _apply_until(open_shard, entries, until_ms, progress):
+                if part is not lineage[-1]:
+                    _restrict(open_shard, lineage[-1], progress)
+                break
         return open_shard.applied_index - shard.applied_index
     finally:
         open_shard.close()
+
+
+def _restrict(shard: Shard, part: Part, progress: Progress) -> None:
+    for _ in shard.restrict(*part.slots):
+        progress.check()
+
+
+def _apply_until(
+    shard: Shard, batches: Iterator[list[Entry]], until_ms: int, progress: Progress
+) -> bool:
+    """Whether all of them were of that moment or before it."""
+    for batch in batches:
+        progress.check()
+        wanted: list[Entry] = []
+        for entry in batch:
+            at_ms = at_ms_of(entry.command)
+            if at_ms is not None and at_ms > until_ms:
+                _apply(shard, wanted)
+                return False
+            wanted.append(entry)
+        _apply(shard, wanted)
+    return True
 
 
 def _apply(shard: Shard, entries: list[Entry]) -> None:

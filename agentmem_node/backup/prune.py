@@ -6,6 +6,7 @@ or, after an interruption, the next. The archived log is kept from the oldest ba
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -119,10 +120,14 @@ def _garbage(
         if item.name not in wanted and item.modified_ms < before_ms:
             yield chunks.PREFIX, item.name, item.size_bytes
     oldest: dict[tuple[str, str], int] = {}
+    backups = Counter(manifest.cluster_id for manifest in kept)
+    having = Counter((m.cluster_id, shard.id) for m in kept for shard in m.shards)
     for manifest in kept:
         for shard in manifest.shards:
             key = (manifest.cluster_id, shard.id)
-            oldest[key] = min(oldest.get(key, shard.applied_index), shard.applied_index)
+            # A backup from before the split that made a shard needs its log from the beginning.
+            index = shard.applied_index if having[key] == backups[manifest.cluster_id] else 0
+            oldest[key] = min(oldest.get(key, index), index)
     for item in store.list(log.PREFIX):
         segment = log.Segment.of_name(item.name)
         if segment is None:

@@ -118,16 +118,11 @@ def _gaps(segments: list[log.Segment], manifests: list[mf.Manifest]) -> Iterator
     for segment in segments:
         by_shard.setdefault((segment.cluster_id, segment.shard), []).append(segment)
     for (cluster, shard), parts in sorted(by_shard.items()):
-        oldest = min(
-            (
-                s.applied_index
-                for m in manifests
-                if m.cluster_id == cluster
-                for s in m.shards
-                if s.id == shard
-            ),
-            default=min(part.first for part in parts) - 1,
-        )
+        own = [m for m in manifests if m.cluster_id == cluster]
+        indexes = [s.applied_index for m in own for s in m.shards if s.id == shard]
+        oldest = min(part.first for part in parts) - 1
+        if indexes and len(indexes) == len(own):  # else a split made it since the oldest of them
+            oldest = min(indexes)
         for gap in log.gaps(parts, oldest):
             yield f"{cluster}/{shard}: entries {gap.first} to {gap.last}"
 

@@ -200,6 +200,7 @@ def plan(destination: str, at: str | None, backup_id: str | None, as_json: bool)
                 "shards": [
                     {
                         "id": s.id,
+                        "in_backup": s.in_backup,
                         "backup_index": s.backup_index,
                         "archived_to": s.archived_to,
                         "gaps": [[gap.first, gap.last] for gap in s.gaps],
@@ -216,6 +217,8 @@ def plan(destination: str, at: str | None, backup_id: str | None, as_json: bool)
             + ("" if until_ms is None else f", and up to {entries:,} entries of the archived log")
         )
         for shard in made.shards:
+            if shard.id != shard.in_backup:
+                out.print(f"shard {shard.id} was split off {shard.in_backup} since")
             for gap in shard.gaps:
                 out.print(f"shard {shard.id}: entries {gap.first} to {gap.last} are missing")
         for fault in made.faults:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from agentmem_cluster.errors import AgentMemError, MapMoved
 from agentmem_cluster.meta import LEVEL_OF_RESTORES
+from agentmem_cluster.ring import slot_of
 from agentmem_cluster.runtime import Clock
 from agentmem_cluster.shardmap import ShardInfo
 from agentmem_node.backup.content import ContentDigest, Row
@@ -131,13 +132,15 @@ class Restorer:
         )
         self._check(found)
         manifest = found.manifest
-        names = [shard.id for shard in manifest.shards]
+        shards = found.shards
         if wanted.tenant is not None and wanted.owner is not None:
-            names = [manifest.shard_map.shard_of(wanted.tenant, wanted.owner).id]
-        told.shards = len(names)
+            slot = slot_of(wanted.tenant, wanted.owner)
+            shards = [one for one in shards if one.slots[0] <= slot < one.slots[1]]
+        told.shards = len(shards)
         content = ContentDigest()
         live: set[bytes] = set()
-        for name in names:
+        for shard in shards:
+            name = shard.id
             told.phase = f"fetching {name}"
             told.progress.done_bytes = 0
             await _on(
@@ -146,9 +149,10 @@ class Restorer:
                     fetch_shard,
                     store,
                     manifest,
-                    name,
+                    shard.in_backup,
                     folder / name,
                     until_ms=wanted.until_ms,
+                    part=name,
                     progress=told.progress,
                 ),
                 told.progress,

@@ -15,13 +15,16 @@ from agentmem_node.backup.errors import BackupUnreachable
 from agentmem_node.backup.fetch import fetch_shard, plan
 from agentmem_node.backup.objects import open_store
 from agentmem_node.backup.verify import verify
-from agentmem_node.model.backups import BackupWork, CreateBackup
+from agentmem_node.model.backups import BackupWork, CreateBackup, RestoreBackup
+from agentmem_node.model.operations import OperationWish
+from agentmem_node.model.times import format_ms
 from agentmem_node.service.backup_parts import BackupParts
 from agentmem_node.service.node import Node
 from tests.epochs.conftest import Cluster, run
 from tests.epochs.test_moving_a_shard import move
 
 SHARD = "s00"
+USERS = [f"user{number}" for number in range(12)]
 
 
 def parts(node: Node) -> BackupParts:
@@ -315,6 +318,61 @@ def test_backups_and_the_archive_follow_a_shard_that_moves(tmp_path: Path) -> No
         assert fetched.content.memories == len(written)
         assert archive.segments(SHARD)[-1].epoch == 3
         assert verify(store).is_good
+        await cluster.stop()
+
+    run(scenario, 110)
+
+
+def test_a_moment_after_a_split_is_restored_from_a_backup_of_before(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        url = str(tmp_path / "store")
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3"], shards=1)
+        cluster.overrides = {"backup.archive": url, "backup.archive_ms": 100}
+        await cluster.start("n1", "n2", "n3")
+        store = open_store(url)
+        kept = {user: [await cluster.add(user, f"{user} before")] for user in USERS}
+        first = await back_up(cluster, cluster.any_node(), url)
+        assert first.state == "done", first.error
+
+        node = cluster.any_node()
+        wish = OperationWish(kind="split", shard=SHARD)
+        operation = await node.begin_operation(cluster.caller(node), wish)
+        await cluster.until(
+            lambda: all(
+                n._routing.map is not None
+                and set(n._routing.map.shards) == {"s00", "s01"}
+                and n._membership is not None
+                and n._membership.view is not None
+                and not n._membership.view.changes
+                for n in cluster.nodes.values()
+            ),
+            f"the end of {operation.id}",
+        )
+        for user in USERS:
+            kept[user].append(await cluster.add(user, f"{user} after"))
+        moment_ms = node.clock.wall_ms()
+        await asyncio.sleep(0.01)
+        for ids in kept.values():
+            for memory_id in ids:
+                await cluster.delete(memory_id)
+        await cluster.until(lambda: not plan(store, until_ms=moment_ms).faults, "the moment")
+        found = plan(store, until_ms=moment_ms)
+        assert [shard.id for shard in found.shards] == ["s00", "s01"]
+        assert found.manifest.id == first.id
+
+        for user in USERS[:2]:
+            asked = RestoreBackup(url=url, at=format_ms(moment_ms), user_id=user)
+            work = await node.backups.restore(cluster.caller(node), asked)
+            await cluster.until(lambda w=work: w.state != "running", "the restore")
+            assert work.state == "done", work.error
+            assert work.result is not None and work.result["revived"] == len(kept[user])
+            for memory_id in kept[user]:
+                await cluster.read(memory_id)
+        everything = RestoreBackup(url=url, at=format_ms(moment_ms))
+        work = await node.backups.restore(cluster.caller(node), everything)
+        await cluster.until(lambda: work.state != "running", "the restore")
+        assert work.result is not None
+        assert work.result["revived"] == sum(len(kept[user]) for user in USERS[2:])
         await cluster.stop()
 
     run(scenario, 110)
