@@ -31,7 +31,7 @@ STAGES: list[tuple[str, int, list[str]]] = [
         ],
     ),
     # Whole nodes, several in one process: one such test at a time, for they have deadlines.
-    ("clusters", 300, ["tests/epochs", "-m", "not process and not model"]),
+    ("clusters", 400, ["tests/epochs", "-m", "not process and not model"]),
     ("defects", 240, ["tests/defects"]),
     ("simulator", 1_200, ["tests/sim"]),
     ("model", 240, ["tests", "-m", "model and not process"]),

@@ -166,7 +166,7 @@ def rebuilt(
     return parts, total(contents)
 
 
-@pytest.mark.parametrize("splitting", range(4), indirect=True)
+@pytest.mark.parametrize("splitting", range(3), indirect=True)
 def test_any_moment_is_rebuilt_over_moves_and_splits_of_what_was_split(
     splitting: Splitting, tmp_path: Path
 ) -> None:

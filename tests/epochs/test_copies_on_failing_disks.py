@@ -44,14 +44,13 @@ class Refusals:
 
 
 @pytest.mark.parametrize(
-    ("name", "code"),
+    ("name", "code", "times"),
     [
-        ("_datasync", errno.EIO),
-        ("write_checkpoint", errno.EIO),
-        ("write_checkpoint", errno.ENOSPC),
+        ("_datasync", errno.EIO, 1),
+        ("write_checkpoint", errno.EIO, 1),
+        ("write_checkpoint", errno.ENOSPC, 3),
     ],
 )
-@pytest.mark.parametrize("times", [1, 3])
 def test_a_copy_that_could_not_be_synced_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int, times: int
 ) -> None:
