@@ -148,8 +148,10 @@ def ask(urls: list[str], api_key: str | None = None, timeout_s: float = _ASK_S) 
                 view = one.cluster(deadline_s=timeout_s).raw
             except client.AgentMemError as error:
                 return NodeState(name, url, False, False, _short(error))
-        why = "" if health.is_ready else _reasons(health.details)
-        return NodeState(name, url, True, health.is_ready, why, view)
+        details = health.details
+        if health.is_ready:  # all the same it may be without a replica that others answer for
+            details = {"reasons": details.get("reasons", {})}
+        return NodeState(name, url, True, health.is_ready, _reasons(details), view)
 
     with ThreadPoolExecutor(max_workers=min(16, len(addresses))) as pool:
         nodes = tuple(pool.map(ask_one, sorted(addresses.items())))
@@ -291,7 +293,7 @@ def _under_way(operations: Iterable[ops.Operation]) -> list[Text | Group]:
 
 def _node_text(node: NodeState) -> Text:
     if node.is_ready:
-        text = Text("ready", style="green")
+        text = Text("ready", style="yellow" if node.trouble else "green")
     elif node.is_up:
         text = Text("not ready", style="yellow")
     else:

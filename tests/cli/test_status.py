@@ -122,6 +122,13 @@ def test_every_node_that_the_map_names_is_asked(fake: Any) -> None:
     assert set(fake.asked("/health/ready")) == {"n1", "n2", "n3"}
 
 
+def test_a_ready_node_says_which_replicas_it_is_without(fake: Any) -> None:
+    assert ask([fake.urls["n1"]]).nodes[0].trouble == ""
+    fake.reasons["n1"] = {"replica_missing": ["s01"]}
+    (first, *_) = ask([fake.urls["n1"]]).nodes
+    assert (first.is_ready, first.trouble) == (True, "replica_missing: s01")
+
+
 def test_a_node_alone_that_listens_everywhere_is_asked_where_it_answered(fake: Any) -> None:
     url = fake.urls["n1"]
     fake.urls = {"n1": "http://0.0.0.0:1"}

@@ -40,6 +40,7 @@ class FakeCluster:
     urls: dict[str, str] = field(default_factory=dict)
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, dict[str, Any]] = field(default_factory=dict)  # of /health/ready, by node
     seen: list[tuple[str, str, str, dict[str, str]]] = field(default_factory=list)
     ledger: dict[str, Any] = field(default_factory=dict)
     refuse: Callable[[str, web.Request], web.Response | None] = lambda _node, _request: None
@@ -101,7 +102,8 @@ class FakeCluster:
             return web.json_response(self.view())
 
         async def ready(_request: web.Request) -> web.Response:
-            return web.json_response({"ready": node == "n1"}, status=200 if node == "n1" else 503)
+            said = {"ready": node == "n1", "reasons": self.reasons.get(node, {})}
+            return web.json_response(said, status=200 if node == "n1" else 503)
 
         async def add(request: web.Request) -> web.Response:
             item = self.store(await request.json())
