@@ -304,14 +304,22 @@ def rewind(destination: str, backup_id: str | None, at: str | None, **options: A
     """Take every shard back, one after the other: each begins its next epoch from the backup.
 
     What was written since is gone from the cluster; a backup made before keeps it. The digests
-    are those of the moment. Shards must be cut as they were then.
+    are those of the moment. Shards must be cut as they were then. Make a backup afterwards: no
+    older one can be brought forward past this by the archived log.
 
     \b
     agentmem backup rewind /var/backups/agentmem --dry-run
     agentmem backup rewind /var/backups/agentmem --at 2026-01-31T09:30:00Z
     """
     wish = ops.OperationWish(kind="rewind", url=destination, backup=backup_id, at=at)
-    return carry_out(wish, **options)
+    code = carry_out(wish, **options)
+    if code == Exit.OK and not options["dry_run"] and not wants_json(options["as_json"]):
+        click.echo(
+            "Make a backup now: what is written from here on can be restored from no older one.\n"
+            f"  agentmem backup create {destination}",
+            err=True,
+        )
+    return code
 
 
 @backup.command()
