@@ -177,6 +177,8 @@ async def measure(cluster: DevCluster, memories: int, progress: Callable[[str], 
             progress("its other replicas are mended, and the rest is spread evenly")
             await until_nothing_runs(cluster)
             moves = await operate(cluster, load, ops.OperationWish(kind="rebalance"))
+            progress(f"{SHARD} is split")
+            (split,) = await operate(cluster, load, ops.OperationWish(kind="split", shard=SHARD))
         lost = await load.lost()
         broken = await broken_invariants(cluster)
     failed = [*failures(load.samples), *load.probe_errors]
@@ -185,7 +187,9 @@ async def measure(cluster: DevCluster, memories: int, progress: Callable[[str], 
         *_move_rows(move, memories),
         *_reseed_rows(again),
         Row("shards moved afterwards, to be even again", len(moves), ""),
-        Row("... requests in all this time", len(load.samples) + len(load.probes), ""),
+        Row(f"that shard split in two under load ({memories:,})", split.took_s, "s"),
+        Row("... longest write to it meanwhile", split.pause_s, "s"),
+        Row("requests in all this time", len(load.samples) + len(load.probes), ""),
         Row("... failed", len(failed), "", 0, True, {"errors": failed[:20]}),
         Row("... p99", quantile(load.samples, 0.99), "s"),
         Row("... slowest", quantile(load.samples, 1.0), "s"),

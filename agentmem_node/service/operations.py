@@ -40,6 +40,8 @@ _CALL_S: Final = 2.0
 _ID_BYTES: Final = 4
 # What a change costs those who write, as measured (docs/operations.md).
 _PAUSE_MS_EXPECTED: Final = 200
+# A split's parts are rid of each other's rows while the shard stands still.
+_SPLIT_MS_PER_MB: Final = 8
 # Operations that are over and still shown.
 _KEPT_MAX: Final = 20
 DRAINING: Final = "draining"
@@ -82,11 +84,15 @@ class Operations:
         steps = await self._steps_of(wish, view)
         sizes = _sizes(await self._survey.take(view))
         planned = [_planned(step, view, sizes) for step in steps]
+        pause_ms = _PAUSE_MS_EXPECTED if steps else 0
+        if wish.kind == "split":
+            whole = sum(sizes.get(step.shard, 0) for step in steps)
+            pause_ms += whole * _SPLIT_MS_PER_MB // 1_000_000
         return ops.OperationPlan(
             wish=wish,
             steps=planned,
             bytes=sum(step.bytes for step in planned),
-            pause_ms_expected=_PAUSE_MS_EXPECTED if steps else 0,
+            pause_ms_expected=pause_ms,
             warnings=self._warnings(wish, view),
         )
 

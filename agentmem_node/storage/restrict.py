@@ -99,7 +99,8 @@ def _remove_live(store: Store, doc: int, fewer: Counter[int]) -> None:
     for scope in {row.tenant, row.scope}:
         txn.delete(order_key(scope, row.created_ms, row.id), db=db["order"])
         fewer[scope] += 1
-    _remove_history(store, doc)
+    if row.version > 1:  # the first one has no history
+        _remove_history(store, doc)
 
 
 def _remove_deleted(store: Store, key: bytes) -> None:
