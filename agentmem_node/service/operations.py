@@ -41,7 +41,7 @@ _ID_BYTES: Final = 4
 # What a change costs those who write, as measured (docs/operations.md).
 _PAUSE_MS_EXPECTED: Final = 200
 # A split's parts are rid of each other's rows while the shard stands still.
-_SPLIT_MS_PER_MB: Final = 8
+_SPLIT_MS_PER_MB: Final = 5
 # Operations that are over and still shown.
 _KEPT_MAX: Final = 20
 DRAINING: Final = "draining"
