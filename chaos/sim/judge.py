@@ -125,6 +125,11 @@ class Judge:
         there = self._applied.get((group, index))
         return None if there is None else there.digest
 
+    def entry_at(self, group: str, index: int) -> Entry | None:
+        """What the replicas applied there."""
+        there = self._applied.get((group, index))
+        return None if there is None else Entry(index, there.term, there.command)
+
     def leads(self, node: str, group: str, epoch: int, term: int) -> None:
         other = self._leader_of.get((group, epoch, term))
         if other is None:

@@ -155,6 +155,10 @@ class MovingNode(SimNode):
         served = self._served.get(shard)
         return served is not None and served.info.epoch == epoch and served.machine.has_begun
 
+    def folder_of(self, shard: str) -> str:
+        """Of the replica that serves."""
+        return self._served[shard].folder
+
     # -- states ----------------------------------------------------------------------------------
 
     def store_of(self, shard: str, folder: str) -> ReplicaStore:

@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from agentmem_node.engine.shard import Shard
 from agentmem_node.storage.checkpoint import DATA_NAME
@@ -85,6 +86,11 @@ class ShardStore:
         snapshot = self._shard.open_snapshot()
         self._snapshots.append(snapshot)
         return snapshot
+
+    @property
+    def databases(self) -> Any:
+        assert self._store is not None
+        return self._store.env.db
 
     def receive(self, size_bytes: int, write: Callable[[SnapshotWriter], None], index: int) -> None:
         """A snapshot of entry `index` from another node takes this place, durably."""

@@ -1,0 +1,186 @@
+"""Backups of a simulated world's shards, and what they must come to at any later moment.
+
+Snapshots are taken of replicas as the world runs, whoever moves, dies or loses its disk meanwhile;
+what the replicas applied is the archived log. The real code uploads, plans, fetches and replays;
+the digest must be the one that replicas had at that very entry.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from agentmem_chaos.sim.moves import newest
+from agentmem_chaos.sim.moving_node import MovingNode
+from agentmem_chaos.sim.shard_store import DIM, ShardStore
+from agentmem_chaos.sim.world import World
+from agentmem_cluster.epochs.commands import Seal, decode
+from agentmem_cluster.raft.api import Entry
+from agentmem_node.backup.archive import Archive, Reached, at_ms_of
+from agentmem_node.backup.catalog import new_id
+from agentmem_node.backup.fetch import fetch_shard, plan
+from agentmem_node.backup.manifest import Manifest, Model, ShardBackup, encode, manifest_name
+from agentmem_node.backup.objects import ObjectStore
+from agentmem_node.backup.upload import Progress, RateLimit, upload_shard
+
+CLUSTER = "51a51a"
+SEGMENT_ENTRIES_MAX = 40
+MAP_BYTES = 256 << 20
+_FOR_EVER_MS = 1 << 52
+
+
+@dataclass(slots=True)
+class Restored:
+    """How much was compared. `exact`: with the digest of a replica at that entry."""
+
+    backups: int = 0
+    moments: int = 0
+    exact: int = 0
+    epochs: int = 0  # the most that a restore went through
+
+
+class WorldBackups:
+    """Takes backups while a world runs; `check` restores them when it has ended."""
+
+    def __init__(self, world: World, store: ObjectStore, chance: random.Random) -> None:
+        self._world = world
+        self._store = store
+        self._chance = chance
+        self.manifests: list[Manifest] = []
+
+    def take_at(self, seconds: float) -> None:
+        self._world.schedule.after(seconds, self._take)
+
+    def _take(self) -> None:
+        """Of one replica of each shard, if each has one that serves now."""
+        nodes = list(self._world.movers.values())
+        state = newest(nodes)
+        if state is None or state.map is None:
+            return
+        made = []
+        for shard, info in state.map.shards.items():
+            serving = [n for n in nodes if n.alive and n.is_whole(shard, info.epoch)]
+            if not serving:
+                return
+            made.append(self._upload(shard, info.epoch, self._chance.choice(serving)))
+        at_ms = max(shard.newest_ms for shard in made)
+        number = len(self.manifests)
+        manifest = Manifest(
+            id=new_id(max(0, at_ms), number.to_bytes(3, "big")),
+            cluster_id=CLUSTER,
+            cluster_name="simulated",
+            version="0",
+            at_ms=at_ms,
+            took_ms=0,
+            model=Model(name="none", dim=DIM, model_hash=""),
+            map=state.map.to_wire(),
+            shards=made,
+        )
+        self._store.put(manifest_name(manifest.id), encode(manifest))
+        self.manifests.append(manifest)
+
+    def _upload(self, shard: str, epoch: int, node: MovingNode) -> ShardBackup:
+        store = node.store_of(shard, node.folder_of(shard))
+        assert isinstance(store, ShardStore)
+        snapshot = store.open_snapshot()
+        try:
+            return upload_shard(
+                self._store,
+                snapshot,
+                store.databases,
+                shard=shard,
+                epoch=epoch,
+                term=1,
+                known=frozenset(),
+                replace=False,
+                progress=Progress(),
+                rate=RateLimit(0),
+            )
+        finally:
+            snapshot.close()
+
+    # -- when the world has ended ----------------------------------------------------------------
+
+    def check(self, folder: Path, moments: int) -> Restored:
+        """Restore every backup as it is, and at some later moments. Raises AssertionError."""
+        restored = Restored(backups=len(self.manifests))
+        logs = self._archive()
+        for manifest in self.manifests:
+            for shard in manifest.shards:
+                log, since = logs[shard.id], shard.applied_index
+                whole = folder / f"{manifest.id}-{shard.id}"
+                fetched = fetch_shard(self._store, manifest, shard.id, whole, map_bytes=MAP_BYTES)
+                self._compare(shard.id, fetched.applied_index, fetched.digest, restored)
+                later = [until_ms for until_ms in _clock_of(log)[since:] if until_ms is not None]
+                later = [ms for ms in later if ms >= manifest.at_ms]
+                for until_ms in self._chance.sample(later, min(moments, len(later))):
+                    assert plan(self._store, backup_id=manifest.id, until_ms=until_ms).faults == []
+                    fetched = fetch_shard(
+                        self._store,
+                        manifest,
+                        shard.id,
+                        folder / f"{manifest.id}-{shard.id}-{until_ms}-{restored.moments}",
+                        until_ms=until_ms,
+                        map_bytes=MAP_BYTES,
+                    )
+                    clock = _clock_of(log)
+                    last = max(i for i, ms in enumerate(clock, 1) if ms is None or ms <= until_ms)
+                    assert fetched.applied_index == last, (shard.id, until_ms)
+                    self._compare(shard.id, last, fetched.digest, restored)
+                    seals = sum(_is_seal(entry) for entry in log[since:last])
+                    restored.epochs = max(restored.epochs, seals)
+                    restored.moments += 1
+        return restored
+
+    def _compare(self, shard: str, index: int, digest: bytes, restored: Restored) -> None:
+        there = self._world.judge.state_at(shard, index)
+        if there is not None:
+            assert there.startswith(digest), f"{shard} was restored to another state at {index}"
+            restored.exact += 1
+
+    def _archive(self) -> dict[str, list[Entry]]:
+        """Archive what the replicas applied, in segments as leaders would write them."""
+        archive = Archive(self._store, CLUSTER)
+        logs = {}
+        state = newest(list(self._world.movers.values()))
+        assert state is not None and state.map is not None
+        for shard, info in state.map.shards.items():
+            log = logs[shard] = self._log_of(shard)
+            epoch, part = 1, list[Entry]()
+            for entry in [*log, None]:
+                is_over = entry is None or len(part) >= self._chance.randint(1, SEGMENT_ENTRIES_MAX)
+                if part and (is_over or _is_seal(part[-1])):
+                    archive.append(shard, epoch, part, (info.slot_start, info.slot_end))
+                    epoch += _is_seal(part[-1])
+                    part = []
+                if entry is not None:
+                    part.append(entry)
+            archive.mark(shard, Reached(epoch, len(log), _FOR_EVER_MS))
+        return logs
+
+    def _log_of(self, shard: str) -> list[Entry]:
+        log: list[Entry] = []
+        for index in count(1):
+            applied = self._world.judge.entry_at(shard, index)
+            if applied is None:
+                return log
+            log.append(applied)
+        raise AssertionError("the log has no end")
+
+
+def _is_seal(entry: Entry) -> bool:
+    return isinstance(decode(entry.command), Seal)
+
+
+def _clock_of(log: list[Entry]) -> list[int | None]:
+    """The running maximum of the times that commands name, after each entry."""
+    clock: list[int | None] = []
+    newest_ms: int | None = None
+    for entry in log:
+        at_ms = at_ms_of(entry.command)
+        if at_ms is not None:
+            newest_ms = at_ms if newest_ms is None else max(newest_ms, at_ms)
+        clock.append(newest_ms)
+    return clock
