@@ -328,7 +328,7 @@ def test_whoever_is_killed_a_backup_is_there_whole_or_not_at_all(tmp_path: Path)
                 wait_for(ended, 90)
             # Where another member could stand in for the victim, it is there: whole.
             assert verify(store).is_good
-            assert {item.manifest.memories for item in catalog.listed(store)} <= {800}
+            assert {item.manifest.content.memories for item in catalog.listed(store)} <= {800}
             cluster.restart(victim)
             cluster.wait_ready()
         done = work(OneNode(cluster.urls[2], None, None), "/backups", {"url": store.url})
