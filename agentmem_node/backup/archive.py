@@ -208,7 +208,7 @@ class Archive:
             yield from self._lineages((*lineage, part), until_ms)
 
     def _split_of(self, whole: Part, until_ms: int) -> list[Part]:
-        """The parts of a shard, in the order of their slots; none when it was not split by then.
+        """The parts of a shard, in the order of their slots; none when that moment was before.
 
         Its own first segment with other slots tells of a split. What else begins at the entry
         after its seal, with some of its slots, is the rest of it.
@@ -221,6 +221,8 @@ class Archive:
         if own is None:
             return []
         base = own.first - 1
+        if self._is_past(whole, base, until_ms):
+            return []
         parts = [Part(whole.shard, self.read(own).slots, own.epoch, base)]
         for shard in self._shards():
             first = next(iter(self.segments(shard)), None)
@@ -229,8 +231,6 @@ class Archive:
             slots = self.read(first).slots
             if whole.slots[0] <= slots[0] and slots[1] <= whole.slots[1]:
                 parts.append(Part(shard, slots, first.epoch, base))
-        if not any(self._is_written(part, until_ms) for part in parts):
-            return []  # up to that moment the whole is as good as its parts
         parts.sort(key=lambda part: part.slots)
         ends = [whole.slots[0], *(part.slots[1] for part in parts)]
         starts = [*(part.slots[0] for part in parts), whole.slots[1]]
@@ -244,13 +244,19 @@ class Archive:
                 )
         return parts
 
-    def _is_written(self, part: Part, until_ms: int) -> bool:
-        for segment in self.segments(part.shard):
-            if segment.epoch >= part.epoch:
+    def _is_past(self, whole: Part, base: int, until_ms: int) -> bool:
+        """Whether the whole was written after a moment: then no part can count at that moment.
+
+        Nothing that parts lack says so: their logs may have been archived late, or not at all.
+        """
+        for segment in reversed(self.segments(whole.shard)):
+            if segment.epoch < whole.epoch or segment.last <= whole.base:
+                break
+            if segment.first <= base:
                 for entry in self.read(segment).entries:
                     at_ms = at_ms_of(entry.command)
-                    if at_ms is not None:
-                        return at_ms <= until_ms
+                    if whole.base < entry.index <= base and at_ms is not None and at_ms > until_ms:
+                        return True
         return False
 
     def _first_of_epochs(self, shard: str) -> Iterator[Segment]:
@@ -297,6 +303,8 @@ class Archive:
         """
         chain = _Chain(self, self.segments(shard), epoch, until_ms)
         expected = after + 1
+        reading = epoch
+        is_past = False
         sealed = 0  # epochs up to here have ended, whatever their segments still hold
         for segment, end in chain.parts():
             if segment.last < expected or segment.epoch <= sealed:
@@ -306,10 +314,15 @@ class Archive:
             batch = []
             contents = self.read(segment)
             if slots is not None and contents.slots != slots:
-                return
+                if segment.epoch > reading:
+                    return
+                raise damaged(segment.name, f"it has slots {contents.slots}, not {slots}")
+            reading = segment.epoch
             for entry in contents.entries:
                 if not expected <= entry.index <= end:
                     continue
+                if until_ms is not None:
+                    is_past |= (at_ms_of(entry.command) or until_ms) > until_ms
                 batch.append(entry)
                 expected += 1
                 control = decode_control(entry.command)
@@ -319,6 +332,10 @@ class Archive:
                     break
             if batch:
                 yield batch
+        is_cut = chain.left_out is not None and expected < chain.left_out
+        if chain.left_out is not None and is_cut and not is_past and sealed < reading:
+            # Only its seal, or a later write, shows that nothing of the epoch is missing.
+            raise gap_error(shard, Gap(expected, chain.left_out - 1))
 
 
 class _Chain:
@@ -329,6 +346,7 @@ class _Chain:
     def __init__(
         self, archive: Archive, segments: list[Segment], epoch: int, until_ms: int | None
     ) -> None:
+        self.left_out: int | None = None  # the first entry of the epochs that begin too late
         self._by_epoch: dict[int, list[Segment]] = {}
         for segment in segments:
             if segment.epoch >= epoch:
@@ -337,6 +355,7 @@ class _Chain:
             return
         for later in sorted(self._by_epoch):
             if later > epoch and self._begins_after(archive, later, until_ms):
+                self.left_out = self._by_epoch[later][0].first
                 self._by_epoch = {e: s for e, s in self._by_epoch.items() if e < later}
                 return
 

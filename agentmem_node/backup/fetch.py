@@ -62,6 +62,7 @@ class ShardPlan(NamedTuple):
     archived_to: int
     archived_ms: int | None
     gaps: list[Gap]
+    unarchived: Gap | None = None  # that its leader had, and no segment has
 
     @property
     def id(self) -> str:
@@ -98,7 +99,12 @@ def plan(store: ObjectStore, *, backup_id: str | None = None, until_ms: int | No
         )
     archive = Archive(store, manifest.cluster_id)
     shards = []
-    for whole in wholes:
+    for whole, backed_up in zip(wholes, manifest.shards, strict=True):
+        if until_ms < backed_up.newest_ms:
+            faults.append(
+                f"backup {manifest.id} holds writes of {whole.shard} from "
+                f"{format_ms(backed_up.newest_ms)}, after that moment"
+            )
         try:
             lineages = archive.lineages(whole, until_ms)
         except RestoreImpossible as error:
@@ -109,6 +115,9 @@ def plan(store: ObjectStore, *, backup_id: str | None = None, until_ms: int | No
             shards.append(made)
             if until_ms <= manifest.at_ms:
                 continue
+            if made.unarchived is not None:
+                first, last = made.unarchived
+                faults.append(f"entries {first} to {last} of {made.id} were never archived")
             if made.archived_ms is None or made.archived_ms < until_ms:
                 ms = made.archived_ms
                 faults.append(
@@ -126,12 +135,17 @@ def _whole(manifest: Manifest, shard: ShardBackup) -> Part:
 def _shard_plan(archive: Archive, lineage: Lineage) -> ShardPlan:
     whole, last = lineage[0], lineage[-1]
     reached = archive.reached(last.shard)
+    archived_to = max(whole.base, archive.last_of(last))
+    unarchived = None
+    if reached is not None and reached.last > archived_to:
+        unarchived = Gap(archived_to + 1, reached.last)
     return ShardPlan(
         lineage,
         whole.base,
-        max(whole.base, archive.last_of(last)),
+        archived_to,
         None if reached is None else reached.at_ms,
         archive.gaps_of(lineage, whole.base),
+        unarchived,
     )
 
 
@@ -142,13 +156,13 @@ def fetch_shard(
     folder: Path,
     *,
     until_ms: int | None = None,
-    part: str | None = None,
+    lineage: Lineage | None = None,
     progress: Progress | None = None,
     map_bytes: int = MAP_BYTES_DEFAULT,
 ) -> Fetched:
     """Make `folder` the shard as it was at the cut, or at `until_ms`. Blocks; one thread only.
 
-    `part`: which of the shards that it was split into by then (`ShardPlan.id`).
+    `lineage`: as it was planned, for what the shard was split into by then (`ShardPlan`).
 
     Every chunk and the rolling digest are checked before anything is replayed, and the content
     digest when nothing was. Raises BackupDamaged, BackupMissing, BackupUnreachable,
@@ -160,7 +174,7 @@ def fetch_shard(
     if folder.exists():
         raise InternalError(f"{folder} is there already: a restore must not replace it.")
     staged = folder.with_name(folder.name + ".fetch")
-    lineage = _lineage(store, manifest, shard, until_ms, part)
+    lineage = lineage or _lineage(store, manifest, shard, until_ms)
     _claim(staged, f"{manifest.id} {shard.digest.hex()} {until_ms} {lineage[1:]}")
     if len(lineage) > 1:
         discard(staged)  # how far an interrupted attempt had come in which part, nobody knows
@@ -173,7 +187,7 @@ def fetch_shard(
             store, manifest, shard, lineage, staged, dim, until_ms, progress, map_bytes
         )
     fetched = _look(staged, dim, replayed)
-    if until_ms is None or not replayed:
+    if len(lineage) == 1 and not replayed:
         _check(manifest, shard, fetched)
     make_folder(folder.parent)
     staged.rename(folder)
@@ -183,24 +197,18 @@ def fetch_shard(
 
 
 def _lineage(
-    store: ObjectStore,
-    manifest: Manifest,
-    shard: ShardBackup,
-    until_ms: int | None,
-    part: str | None,
+    store: ObjectStore, manifest: Manifest, shard: ShardBackup, until_ms: int | None
 ) -> Lineage:
+    """Of a shard that is still one. Raises RestoreImpossible when it was split by then."""
     whole = _whole(manifest, shard)
     if until_ms is None:
         return (whole,)
     lineages = Archive(store, manifest.cluster_id).lineages(whole, until_ms)
-    found = [one for one in lineages if part in (None, one[-1].shard)]
-    if len(found) == 1 and (part is not None or len(found[0]) == 1):
-        return found[0]
+    if len(lineages) == 1:
+        return lineages[0]
     into = ", ".join(one[-1].shard for one in lineages)
     raise RestoreImpossible(
-        f"Shard {shard.id} was split at entry {lineages[0][1].base}: by then it is {into}."
-        if len(lineages) > 1
-        else f"Shard {shard.id} has not become {part} by then.",
+        f"Shard {shard.id} was split at entry {lineages[0][1].base}: by then it is {into}.",
         hint="`agentmem backup restore` brings back the memories of all parts.",
         shard=shard.id,
     )

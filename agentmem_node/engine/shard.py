@@ -185,6 +185,11 @@ class Shard:
         """A checkpoint was begun and is not known to have succeeded: none begins before it does."""
         return self._store.env.is_checkpointing
 
+    @property
+    def has_failed(self) -> bool:
+        """An earlier failure left it in an unknown state: only opening it anew helps."""
+        return self._failure is not None or self._damage is not None
+
     def checkpoint_done(self, job: CheckpointJob) -> None:
         self._store.env.checkpoint_done(job)
         self._durable_index = self._durable_next

@@ -26,6 +26,7 @@ from agentmem_cluster.errors import (
     AgentMemError,
     BadRequest,
     DiskFull,
+    InternalError,
     NotLeader,
     StateDamaged,
     Unavailable,
@@ -303,6 +304,11 @@ class Replicas:
                     if failed is not None and failed.machine is not None:
                         self._put_aside(failed, self._folder / failed.folder)
                     self._start_copy(self.set.begin_copy(info, "", info.epoch), info.id, source)
+        for staged, change in self.set.restored_again():
+            is_due = now_s >= self._retry_s.get(staged.info.id, 0.0)
+            if is_due and staged.info.id not in self._copies:
+                self._retry_s[staged.info.id] = now_s + _RETRY_S
+                self._start(staged, self._restore(staged, change))
         for staged in self.set.staged.values():
             machine = staged.machine
             if (
@@ -567,7 +573,8 @@ class Replicas:
         except (Paused, StateDamaged) as error:
             # What is here is of an older log, or it has rotted, at the source even: the next
             # attempt compares it, chunk by chunk.
-            self._put_aside(staged, folder)
+            if self.set.staged.get(staged.info.id) is staged:  # else a replica by now, or dropped
+                self._put_aside(staged, folder)
             self._fail(staged, source, error)
         except (AgentMemError, OSError, ValueError, KeyError) as error:
             self._fail(staged, source, error)
@@ -592,17 +599,19 @@ class Replicas:
             await self._complete(staged)
             while self.set.staged.get(staged.info.id) is staged:
                 await self._make_durable(staged)
-                self.settle()
+                self.poke()  # not settled here: that the record cannot be written fails no copy
                 await asyncio.sleep(_BUSY_S)
         except (AgentMemError, OSError, ValueError, KeyError) as error:
             self._fail(staged, change.source, error)
 
     def _fail(self, staged: Staged, source: str, error: Exception) -> None:
+        if self.set.staged.get(staged.info.id) is not staged:
+            return  # it has become a replica meanwhile, or nobody wants it any more
         staged.state, staged.error = Staging.FAILED, str(error)
         log.warning("copying %s from %s: %s; trying again", staged.info.id, source, error)
         if isinstance(error, OSError):
             self._sweep_s = 0.0  # there may be room to make
-        if not staged.change_id and self.set.staged.get(staged.info.id) is staged:
+        if not staged.change_id:
             del self.set.staged[staged.info.id]  # so that it is wanted again
             if staged.machine is not None:
                 self._put_aside(staged, self._folder / staged.folder)
@@ -724,6 +733,11 @@ class Replicas:
         assert machine is not None
         job = machine.checkpoint()
         if job is None:
+            if machine.durable_index < machine.inner.applied_index:
+                raise InternalError(
+                    f"The copy of {staged.info.id} here cannot be written to the disk any more.",
+                    hint="It is made again by itself; look after the disk when this comes again.",
+                )
             return
         while True:
             sync = asyncio.create_task(asyncio.to_thread(job.run))
@@ -783,12 +797,13 @@ async def _no_link(*_: Any, **__: Any) -> Any:
 
 
 def _is_unsure(staged: Staged) -> bool:
-    """Whether a checkpoint of a copy was begun and never known to be on the disk."""
+    """Whether a checkpoint of a copy was begun and never known to be on the disk, or its state
+    failed: nothing that is tried on it would ever succeed."""
     if staged.machine is None:
         return False
     state = staged.machine.inner
     assert isinstance(state, Shard)
-    return state.is_checkpointing
+    return state.is_checkpointing or state.has_failed
 
 
 class _Groups:

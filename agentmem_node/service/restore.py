@@ -152,7 +152,7 @@ class Restorer:
                     shard.in_backup,
                     folder / name,
                     until_ms=wanted.until_ms,
-                    part=name,
+                    lineage=shard.lineage,
                     progress=told.progress,
                 ),
                 told.progress,

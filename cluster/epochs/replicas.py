@@ -218,7 +218,10 @@ class ReplicaSet:
             shown = info
         elif change is not None and change.from_epoch == held.epoch and info is not None:
             members, preferred = change.old_members, change.old_members[0]
-            shown = ShardInfo(shard, held.epoch, members, preferred, info.slot_start, info.slot_end)
+            # Of a split, both parts: until it is over here, this is the whole.
+            start = min(target.slot_start for target in change.targets)
+            end = max(target.slot_end for target in change.targets)
+            shown = ShardInfo(shard, held.epoch, members, preferred, start, end)
         elif info is not None and info.epoch > held.epoch:
             # The map moved on while this node was away: that epoch is over.
             self._close(shard, info.epoch - 1)
@@ -417,11 +420,24 @@ class ReplicaSet:
                 and info.epoch > 1
                 and (served is None or served.info.epoch < info.epoch)
                 and (staged is None or not self._is_of_use(staged, info))
+                and (staged is None or self._restoring(staged) is None)
                 and not (served is not None and self._goes_on_soon(served, info))
                 and self.may_copy(info)
             ):
                 found.append(info)
         return found
+
+    def _restoring(self, staged: Staged) -> Change | None:
+        """The change that has founded an epoch from a backup, for which a copy was fetched."""
+        founding = self._founding(staged.info)
+        is_its = founding is not None and founding.id == staged.change_id
+        return founding if is_its and founding is not None and founding.source else None
+
+    def restored_again(self) -> list[tuple[Staged, Change]]:
+        """Copies of a backup that failed after their epoch was founded: perhaps no member has a
+        replica that could be copied instead."""
+        found = ((s, self._restoring(s)) for s in self.staged.values())
+        return [(s, c) for s, c in found if c is not None and s.state is Staging.FAILED]
 
     def _is_of_use(self, staged: Staged, info: ShardInfo) -> bool:
         """Whether a copy can still become the replica of an epoch that is founded. Not one that
@@ -510,6 +526,7 @@ class ReplicaSet:
             )
             is_needed = is_asked_for or (info is not None and self._founds(staged, info))
             is_late = info == staged.info and staged.state is Staging.FAILED
+            is_late &= self._restoring(staged) is None  # it is fetched again
             is_known = staged.revision <= self.revision  # not so with a view kept from before
             if is_late or (not is_needed and is_known):
                 dropped.append(staged)
