@@ -159,6 +159,8 @@ class MetaStateMachine:
         if kind == kind_of.BEGIN_CHANGE:
             (wire,) = exactly(values, 1)
             return self._begin_change(Change.from_wire(wire))
+        if len(values) < 2:
+            raise ValueError("neither a change nor its shard is named")
         change_id, shard = text(values[0], "change"), text(values[1], "shard")
         change = self.state.changes.get(shard)
         if change is None or change.id != change_id:

@@ -149,8 +149,21 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 BAD = st.binary(max_size=40) | st.builds(
-    lambda kind, rest: bytes(msgpack.packb([1, kind, *rest])), st.integers(0, 8), st.lists(VALUES)
+    lambda kind, rest: bytes(msgpack.packb([1, kind, *rest])), st.integers(0, 15), st.lists(VALUES)
 )
+
+
+@pytest.mark.parametrize("kind", range(16))
+@pytest.mark.parametrize("values", [["x"], ["x", "s00"], ["x", "s00", 1, 2, 3, 4]], ids=len)
+def test_a_command_with_too_few_or_too_many_values_is_a_result(
+    kind: int, values: list[object]
+) -> None:
+    meta = machine()
+    run(meta, init_cluster(SETTINGS, MAP))
+    before = meta.state.to_wire()
+    (status,) = run(meta, bytes(msgpack.packb([1, kind, *values])))
+    assert status in ("bad_command", "not_found")
+    assert meta.state.to_wire() == before
 
 
 @given(st.lists(BAD, max_size=8))
