@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
 from tests.failpoints.cluster import IS_LONG, FaultyCluster, Load, ended, until
@@ -51,7 +53,8 @@ def test_crashes_on_the_way_of_a_write_lose_nothing(
         victims = []
         for point in points:
             victims.append(until(lambda: cluster.leader_of(shard), 15.0, f"a leader of {shard}"))
-            cluster.command(victims[-1], "arm", plan=f"{point}=crash")
+            with suppress(ConnectionResetError):  # it may be there before it has answered
+                cluster.command(victims[-1], "arm", plan=f"{point}=crash")
             cluster.ends_at(victims[-1], point)
         for name in victims:
             cluster.restart(name, wait_s=0)
