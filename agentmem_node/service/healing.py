@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass, field
 from typing import Final
 
 from agentmem_cluster import placement
+from agentmem_cluster.epochs.suspicions import Subject, Suspicions
 from agentmem_cluster.errors import AgentMemError
 from agentmem_cluster.meta import LEVEL_OF_CHANGES
 from agentmem_cluster.nodestate import has_quorum
 from agentmem_cluster.runtime import Clock
+from agentmem_cluster.shardmap import ShardInfo
 from agentmem_node.model import operations as ops
 from agentmem_node.service.membership import Membership
 from agentmem_node.service.operations import Operations, stored_step
@@ -46,7 +49,7 @@ class Healing:
         self._replication = replication
         self._lost_after_s = lost_after_s
         self._away_since: dict[str, float] = {}
-        self._wrong_since: dict[tuple[str, int, str], float] = {}
+        self._suspicions = Suspicions(_PATIENCE_S)
 
     async def run(self) -> None:
         """For ever."""
@@ -55,7 +58,7 @@ class Healing:
             if not self._membership.leads:
                 # Who comes to lead begins to count anew: it cannot know how long others waited.
                 self._away_since.clear()
-                self._wrong_since.clear()
+                self._suspicions.clear()
                 continue
             try:
                 await self._look()
@@ -78,7 +81,7 @@ class Healing:
         if steps and not running:
             log.warning("healing: %s", "; ".join(f"{s.shard}: {s.reason}" for s in steps))
             await self._operations.store_new(ops.OperationWish(kind="heal"), steps, "cluster")
-            self._wrong_since.clear()
+            self._suspicions.clear()
 
     def _count_lost(self, view: View, now_s: float) -> None:
         # A voter is missed even when it has no replica.
@@ -100,56 +103,73 @@ class Healing:
             step.shard: stored_step(step)
             for step in placement.plan_lost(view.map, nodes, self._replication)
         }
-        wrong: dict[tuple[str, int, str], str] = {}
         for shard, info in view.map.shards.items():
             if shard in view.changes or shard in steps or not has_quorum(info.members, nodes):
                 continue
-            fresh, lame, whole, reason = self._useless(view, shard, reports)
-            if reason:
-                wrong[shard, info.epoch, reason] = reason
-                since_s = self._wrong_since.setdefault((shard, info.epoch, reason), now_s)
-                voting = len(info.members) - len(lame)
-                if now_s - since_s >= _PATIENCE_S and whole and 2 * voting > len(info.members):
-                    steps[shard] = StoredStep(
-                        shard=shard,
-                        members=list(info.members),
-                        preferred=info.preferred_leader,
-                        reason=reason,
-                        fresh=fresh,
-                    )
-        self._wrong_since = {key: s for key, s in self._wrong_since.items() if key in wrong}
+            found = self._look_at(info, reports, now_s)
+            # One of several that is not certain yet may be on its way back: all of it can wait.
+            if not found.reasons or not found.is_certain:
+                continue
+            voting = len(info.members) - len(found.lame)
+            if found.whole and 2 * voting > len(info.members):
+                steps[shard] = StoredStep(
+                    shard=shard,
+                    members=list(info.members),
+                    preferred=info.preferred_leader,
+                    reason=", ".join(found.reasons),
+                    fresh=found.fresh,
+                )
+        self._suspicions.keep(
+            lambda one: (
+                one.shard not in view.changes
+                and one.shard in view.map.shards
+                and view.map.shards[one.shard].epoch == one.epoch
+            )
+        )
         return list(steps.values())
 
-    def _useless(
-        self, view: View, shard: str, reports: dict[str, NodeReport]
-    ) -> tuple[list[str], list[str], list[str], str]:
-        """Members whose replica must be copied anew; those of them that cannot confirm the seal
-        either; those to copy from; and why the shard needs another epoch."""
-        info = view.map.shards[shard]
-        fresh: list[str] = []
-        lame: list[str] = []
-        whole: list[str] = []
-        reasons: list[str] = []
+    def _look_at(self, info: ShardInfo, reports: dict[str, NodeReport], now_s: float) -> _Found:
+        found = _Found()
         sealed = False
         for member in info.members:
             report = reports.get(member)
-            if report is None or shard in report.copying:
+            if report is None or info.id in report.copying:
                 continue
-            mine = [r for r in report.replicas if r.shard == shard and r.epoch == info.epoch]
+            mine = [r for r in report.replicas if r.shard == info.id and r.epoch == info.epoch]
+            is_lame = True
             if not mine:
-                fresh.append(member)
-                lame.append(member)
-                reasons.append(f"{member} has lost its replica")
+                wrong = f"{member} has lost its replica"
             elif mine[0].is_damaged:
-                fresh.append(member)  # its journal is not, so that it votes and keeps entries
-                reasons.append(f"the replica of {member} is damaged")
+                wrong = f"the replica of {member} is damaged"
+                is_lame = False  # its journal is not, so that it votes and keeps entries
             elif mine[0].needs_reseed:
-                fresh.append(member)
-                lame.append(member)
-                reasons.append(f"{member} is too far behind")
+                wrong = f"{member} is too far behind"
             else:
-                whole.append(member)
+                wrong = ""
+                found.whole.append(member)
                 sealed |= mine[0].is_sealed
-        if sealed and not reasons:
-            reasons.append("its epoch was sealed and no other founded")
-        return fresh, lame, whole, ", ".join(reasons)
+            subject = Subject(info.id, info.epoch, member)
+            self._suspicions.saw(subject, wrong, now_s)
+            if wrong:
+                found.fresh.append(member)
+                found.lame.extend([member] if is_lame else [])
+                found.reasons.append(wrong)
+                found.is_certain &= self._suspicions.is_certain(subject, now_s)
+        if sealed and not found.reasons:
+            subject = Subject(info.id, info.epoch, "")
+            found.reasons.append("its epoch was sealed and no other founded")
+            self._suspicions.saw(subject, found.reasons[0], now_s)
+            found.is_certain = self._suspicions.is_certain(subject, now_s)
+        return found
+
+
+@dataclass(slots=True)
+class _Found:
+    """Of one shard: members whose replica must be copied anew; those of them that cannot confirm
+    a seal either; those to copy from; why it needs another epoch, and whether that is certain."""
+
+    fresh: list[str] = field(default_factory=list)
+    lame: list[str] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    is_certain: bool = True

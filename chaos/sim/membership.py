@@ -16,6 +16,7 @@ from agentmem_cluster.epochs import conductor as do
 from agentmem_cluster.epochs.change import Change, Phase
 from agentmem_cluster.epochs.record import LocalRecord
 from agentmem_cluster.epochs.reports import Report
+from agentmem_cluster.epochs.suspicions import Subject, Suspicions
 from agentmem_cluster.errors import NotLeader, Unavailable
 from agentmem_cluster.meta import (
     LEVEL,
@@ -87,7 +88,7 @@ class SimMembership:
             f"{home.name}:1", f"http://{home.name}:7700", "", record.incarnation, "", LEVEL
         )
         self._conducted: dict[str, _Conducted] = {}
-        self._wrong_since: dict[tuple[str, int, str], float] = {}
+        self._suspicions = Suspicions(PATIENCE_S)
         self._changes_made = 0
         link.handlers |= {
             "meta.view": lambda peer, body, reply: reply(self.view_wire()),
@@ -331,7 +332,7 @@ class SimMembership:
         self._home.later(HEAL_S, self._heal)
         view = self.view
         if not self.leads or view is None:
-            self._wrong_since.clear()
+            self._suspicions.clear()
             return
         answers: dict[str, Any] = {}
         nodes = [node for node in sorted(view.map.nodes()) if self._link.is_connected(node)]
@@ -355,28 +356,36 @@ class SimMembership:
             )
 
     def _mend(self, view: View, answers: dict[str, Any]) -> None:
-        wrong = {}
+        now_s = self._home.now_s()
         for shard, info in view.map.shards.items():
             if shard in view.changes:
                 continue
-            fresh, is_sealed = [], False
+            fresh, is_sealed, is_certain = [], False, True
             for member in info.members:
                 answer = answers.get(member)
                 if answer is None or shard in answer["copying"]:
                     continue
                 mine = [r for r in answer["replicas"] if r[:2] == [shard, info.epoch]]
-                if not mine or mine[0][2]:
+                wrong = "" if mine and not mine[0][2] else "of no use" if mine else "lost"
+                subject = Subject(shard, info.epoch, member)
+                self._suspicions.saw(subject, wrong, now_s)
+                if wrong:
                     fresh.append(member)
+                    is_certain &= self._suspicions.is_certain(subject, now_s)
                 else:
                     is_sealed |= mine[0][3]
-            if fresh or is_sealed:
-                key = (shard, info.epoch, ",".join(fresh))
-                wrong[key] = since_s = self._wrong_since.get(key, self._home.now_s())
-                healthy = len(info.members) - len(fresh)
-                waited_s = self._home.now_s() - since_s
-                if waited_s >= PATIENCE_S and 2 * healthy > len(info.members):
-                    self.begin(self.change(shard, info.members, tuple(fresh)), lambda _: None)
-        self._wrong_since = wrong
+            if is_sealed and not fresh:
+                subject = Subject(shard, info.epoch, "")
+                self._suspicions.saw(subject, "sealed", now_s)
+                is_certain = self._suspicions.is_certain(subject, now_s)
+            healthy = len(info.members) - len(fresh)
+            if (fresh or is_sealed) and is_certain and 2 * healthy > len(info.members):
+                self.begin(self.change(shard, info.members, tuple(fresh)), lambda _: None)
+        self._suspicions.keep(
+            lambda one: (
+                one.shard not in view.changes and view.map.shards[one.shard].epoch == one.epoch
+            )
+        )
 
     def change(self, shard: str, members: tuple[str, ...], fresh: tuple[str, ...] = ()) -> Change:
         """To give `shard` these members, as this node knows it now."""
