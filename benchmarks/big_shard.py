@@ -36,6 +36,7 @@ SETTINGS = {"embedding.provider": "none", "embedding.dim": DIM, "cluster.shards"
 SHARD = "s00"
 MOVE_S_MAX = 60.0
 COPY_MB_PER_S_MIN = 50.0
+PAUSE_S_MAX = 0.6
 _OWNERS = 100
 _BATCH = 250
 _BATCHES_AT_ONCE = 4
@@ -188,7 +189,7 @@ async def measure(cluster: DevCluster, memories: int, progress: Callable[[str], 
         *_reseed_rows(again),
         Row("shards moved afterwards, to be even again", len(moves), ""),
         Row(f"that shard split in two under load ({memories:,})", split.took_s, "s"),
-        Row("... longest write to it meanwhile", split.pause_s, "s"),
+        Row("... longest write to it meanwhile", split.pause_s, "s", PAUSE_S_MAX, True),
         Row("requests in all this time", len(load.samples) + len(load.probes), ""),
         Row("... failed", len(failed), "", 0, True, {"errors": failed[:20]}),
         Row("... p99", quantile(load.samples, 0.99), "s"),
@@ -204,7 +205,7 @@ def _move_rows(move: Move, memories: int) -> list[Row]:
         Row(f"a shard of {memories:,} moved under load", move.took_s, "s", MOVE_S_MAX, True),
         Row("... copied", megabytes, "MB"),
         Row("... copied at", megabytes / move.copy_s, "MB/s", COPY_MB_PER_S_MIN),
-        Row("... longest write to it meanwhile", move.pause_s, "s"),
+        Row("... longest write to it meanwhile", move.pause_s, "s", PAUSE_S_MAX, True),
     ]
 
 

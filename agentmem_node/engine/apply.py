@@ -12,7 +12,6 @@ the doing. Nothing is changed before the plan is complete.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
 
 from agentmem_cluster.epochs.commands import EpochState, Sealed
 from agentmem_node.engine.reads import memory_of
@@ -35,21 +34,13 @@ from agentmem_node.model.commands import (
 from agentmem_node.model.ids import format_id
 from agentmem_node.model.memory import Memory
 from agentmem_node.model.records import decode_memory
-from agentmem_node.storage.layout import DIGEST_BYTES, DocRow
+from agentmem_node.storage.layout import DIGEST_BYTES, U32, DocRow
 from agentmem_node.storage.ledger import pack_outcomes
+from agentmem_node.storage.restrict import Outside, Seen
 from agentmem_node.storage.scopes import Scope
 from agentmem_node.storage.store import NewMemory, Store
 
-
-class _Seen(NamedTuple):
-    """A memory as the operations of one command find it. `version` 0: never was there."""
-
-    version: int
-    is_live: bool
-    owner: str
-
-
-_ABSENT = _Seen(0, False, "")
+_ABSENT = Seen(0, False, "")
 
 
 def apply_command(
@@ -115,10 +106,17 @@ def _apply_write(
     tenant = store.scopes.make_tenant(write.tenant)
     _do(store, tenant, write, memories, planned, changes)
     summary = pack_outcomes(write.ops, planned)
-    store.ledger.put(
-        tenant.number, index, write.at_ms, write.request_id, write.fingerprint, summary
-    )
+    kept = summary if store.outside is None else _of_the_part(store.outside, write, planned)
+    store.ledger.put(tenant.number, index, write.at_ms, write.request_id, write.fingerprint, kept)
     return WriteResult(tuple(planned), replayed=False, index=index), summary
+
+
+def _of_the_part(outside: Outside, write: Write, planned: list[Outcome]) -> bytes:
+    """What the feed keeps of a command, where only a part of it will be kept."""
+    pairs = [
+        pair for pair in zip(write.ops, planned, strict=True) if not outside.covers(pair[0].id)
+    ]
+    return pack_outcomes([op for op, _ in pairs], [outcome for _, outcome in pairs])
 
 
 def _fault(op: Add | Update | Revive, memory: Memory | None, dim: int) -> str | None:
@@ -139,7 +137,7 @@ def _plan(
 ) -> list[Outcome] | Rejected:
     """The outcome of each operation."""
     outcomes: list[Outcome] = []
-    seen: dict[bytes, _Seen] = {}  # what earlier operations of this command made of an id
+    seen: dict[bytes, Seen] = {}  # what earlier operations of this command made of an id
     number = None if tenant is None else tenant.number
     for position, (op, memory) in enumerate(zip(write.ops, memories, strict=True)):
         at = seen.get(op.id) or _look(store, number, op.id)
@@ -148,7 +146,7 @@ def _plan(
                 outcomes.append(Outcome("exists", op.id, at.version))
                 continue
             assert memory is not None
-            seen[op.id] = _Seen(1, True, memory.scope.owner)
+            seen[op.id] = Seen(1, True, memory.scope.owner)
             outcomes.append(Outcome("ok", op.id, 1))
         elif isinstance(op, Revive):
             if at is _ABSENT:
@@ -159,7 +157,7 @@ def _plan(
                 outcomes.append(Outcome("conflict", op.id, at.version))
             else:
                 assert memory is not None
-                seen[op.id] = _Seen(at.version + 1, True, memory.scope.owner)
+                seen[op.id] = Seen(at.version + 1, True, memory.scope.owner)
                 outcomes.append(Outcome("ok", op.id, at.version + 1))
         elif not at.is_live:
             outcomes.append(Outcome("not_found", op.id, 0))
@@ -171,7 +169,7 @@ def _plan(
                 # The owner decides the shard: a memory never moves to another.
                 if memory.scope.owner != at.owner:
                     return Rejected(f"operation {position}: its record has another owner")
-            seen[op.id] = _Seen(at.version + 1, isinstance(op, Update), at.owner)
+            seen[op.id] = Seen(at.version + 1, isinstance(op, Update), at.owner)
             outcomes.append(Outcome("ok", op.id, at.version + 1))
     if write.atomic and any(outcome.status != "ok" for outcome in outcomes):
         for position, outcome in enumerate(outcomes):
@@ -181,14 +179,17 @@ def _plan(
     return outcomes
 
 
-def _look(store: Store, tenant: int | None, key: bytes) -> _Seen:
+def _look(store: Store, tenant: int | None, key: bytes) -> Seen:
+    outside = store.outside
+    if outside is not None and outside.covers(key):
+        return _ABSENT if tenant is None else outside.known.get(U32.pack(tenant) + key, _ABSENT)
     located = None if tenant is None else store.locate(tenant, key)
     if located is None:
         return _ABSENT
     if located.deleted_version:
-        return _Seen(located.deleted_version, False, "")
+        return Seen(located.deleted_version, False, "")
     row = store.live(located.doc, key)
-    return _Seen(row.version, True, memory_of(row).scope.owner)
+    return Seen(row.version, True, memory_of(row).scope.owner)
 
 
 def _do(
@@ -202,6 +203,11 @@ def _do(
     adds: list[tuple[Add, Memory]] = []
     for op, memory, outcome in zip(write.ops, memories, outcomes, strict=True):
         if outcome.status != "ok":
+            continue
+        if store.outside is not None and store.outside.covers(op.id):
+            _add(store, tenant, write, adds, changes)
+            adds = []
+            _note(store, store.outside, tenant, op, memory, outcome)
             continue
         if isinstance(op, Add):
             assert memory is not None
@@ -219,6 +225,28 @@ def _do(
         else:
             _delete(store, tenant, write, op, changes)
     _add(store, tenant, write, adds, changes)
+
+
+def _note(
+    store: Store,
+    outside: Outside,
+    tenant: Scope,
+    op: Op,
+    memory: Memory | None,
+    outcome: Outcome,
+) -> None:
+    """What a command makes of a memory that this part will not have.
+
+    Numbers of memories and of scopes are given out as if it had it: replicas of a part stay alike,
+    whenever each of them was trimmed.
+    """
+    owner = "" if memory is None else memory.scope.owner
+    if isinstance(op, (Add, Revive)):
+        if owner:
+            store.scopes.make(tenant.number, owner)
+        store.state.next_doc += 1
+    is_live = not isinstance(op, Delete)
+    outside.known[U32.pack(tenant.number) + op.id] = Seen(outcome.version, is_live, owner)
 
 
 def _add(

@@ -29,7 +29,7 @@ from agentmem_node.storage.checkpoint import RecordDamaged
 from agentmem_node.storage.environment import MAP_BYTES_DEFAULT, PAGE_ERRORS, CheckpointJob
 from agentmem_node.storage.layout import DocRow
 from agentmem_node.storage.ledger import ADDED, EVENTS, FeedItem, LedgerBounds
-from agentmem_node.storage.restrict import restrict
+from agentmem_node.storage.restrict import restrict, trim
 from agentmem_node.storage.snapshot import StorageSnapshot
 from agentmem_node.storage.store import Located, Store
 from agentmem_node.storage.sums import scrub
@@ -126,6 +126,9 @@ class Shard:
         self._check()
         if not entries:
             return []
+        outside = self._store.outside
+        if outside is not None and not outside.is_trimmed:
+            raise ValueError(f"shard {self.id} is being trimmed: no entry may be applied before")
         expected = range(self.applied_index + 1, self.applied_index + 1 + len(entries))
         if any(entry.index != index for entry, index in zip(entries, expected, strict=True)):
             raise ValueError(
@@ -218,15 +221,28 @@ class Shard:
             raise ValueError(f"shard {self.id} is at entry {state.applied_index}, after {index}")
         state.applied_index, state.epoch, state.is_sealed = index, ended, True
 
-    def restrict(self, slot_start: int, slot_end: int) -> Iterator[int]:
+    def trim(self, slot_start: int, slot_end: int) -> Iterator[int]:
         """Remove what is not of these slots, in steps; yields how many memories are gone so far.
 
-        Of a copy that nobody has searched yet, between its seal and its next epoch.
+        Of a copy that nobody has searched yet. It goes on following the log of the whole, with the
+        whole's digest, and comes to the same in the end as one that was not trimmed: `restrict`.
+        Raises DiskFull: call it again later. No entry may be applied before it has ended.
         """
         self._check()
+        yield from self._unless_it_fails(trim(self._store, slot_start, slot_end))
+
+    def restrict(self, slot_start: int, slot_end: int) -> Iterator[int]:
+        """Be the part of these slots from now on: `trim`, where that was not done, and its end.
+
+        Once, of a copy that nobody has searched yet, between its seal and its next epoch.
+        """
+        self._check()
+        yield from self._unless_it_fails(restrict(self._store, slot_start, slot_end))
+
+    def _unless_it_fails(self, steps: Iterator[int]) -> Iterator[int]:
         try:
-            yield from restrict(self._store, slot_start, slot_end)
-        except DiskFull:
+            yield from steps
+        except (DiskFull, GeneratorExit):  # called again, it goes on where it was
             raise
         except BaseException as error:
             self._failure = error

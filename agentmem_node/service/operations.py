@@ -40,8 +40,6 @@ _CALL_S: Final = 2.0
 _ID_BYTES: Final = 4
 # What a change costs those who write, as measured (docs/operations.md).
 _PAUSE_MS_EXPECTED: Final = 200
-# A split's parts are rid of each other's rows while the shard stands still.
-_SPLIT_MS_PER_MB: Final = 5
 # Operations that are over and still shown.
 _KEPT_MAX: Final = 20
 DRAINING: Final = "draining"
@@ -85,9 +83,6 @@ class Operations:
         sizes = _sizes(await self._survey.take(view))
         planned = [_planned(step, view, sizes) for step in steps]
         pause_ms = _PAUSE_MS_EXPECTED if steps else 0
-        if wish.kind == "split":
-            whole = sum(sizes.get(step.shard, 0) for step in steps)
-            pause_ms += whole * _SPLIT_MS_PER_MB // 1_000_000
         return ops.OperationPlan(
             wish=wish,
             steps=planned,

@@ -110,6 +110,8 @@ class Replicas:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._copies: dict[str, asyncio.Task[None]] = {}
+        # One part of a split at a time is received here: two together would hold up requests.
+        self._parting = asyncio.Lock()
         self._syncs: dict[str, asyncio.Task[None]] = {}  # of copies, by folder
         self._begins: dict[str, asyncio.Task[None]] = {}
         self._broken: set[Path] = set()
@@ -567,7 +569,9 @@ class Replicas:
         staged.state, staged.error = Staging.COPYING, ""
         try:
             await self._end_last_attempt(staged, folder)
-            if staged.machine is None:
+            if self._is_part(staged):
+                await self._receive_part(staged, shard, folder, ask)
+            elif staged.machine is None:
                 await self._receive(staged, shard, folder, ask)
             await self._follow(staged, shard, ask)
         except (Paused, StateDamaged) as error:
@@ -684,6 +688,7 @@ class Replicas:
             if machine.is_sealed and staged.follows < staged.info.epoch:
                 if self._is_part(staged) and not staged.is_restricted:
                     await self._restrict(staged, machine)
+                    failpoint("copying.after_restrict")
                 await self._make_durable(staged)
                 await self._complete(staged)
                 failpoint("copying.after_complete")
@@ -691,13 +696,15 @@ class Replicas:
                 return
             if applied - machine.inner.applied_index > 0 and entries:
                 continue
-            staged.state = Staging.FOLLOWING
             if staged.follows == staged.info.epoch:
+                staged.state = Staging.FOLLOWING
                 await self._make_durable(staged)
                 self.poke()
             elif self._clock.monotonic() >= durable_s:
-                await self._make_durable(staged)  # so that little is left after the seal
+                # Before it is said to follow: so that little is left after the seal.
+                await self._make_durable(staged)
                 durable_s = self._clock.monotonic() + _DURABLE_EVERY_S
+            staged.state = Staging.FOLLOWING
             await asyncio.sleep(_TAIL_POLL_S)
 
     async def _make_usable(self, staged: Staged) -> None:
@@ -720,11 +727,35 @@ class Replicas:
             for change in self.set.changes.values()
         )
 
+    async def _receive_part(self, staged: Staged, shard: str, folder: Path, ask: Any) -> None:
+        """Receive the whole, and remove what is the other part's while writes go on: what is left
+        to do when the whole's log has ended keeps them waiting."""
+        async with self._parting:
+            if staged.machine is None:
+                await self._receive(staged, shard, folder, ask)
+            if staged.is_restricted:
+                return
+            assert staged.machine is not None
+            part = staged.machine.inner
+            assert isinstance(part, Shard)
+            begun_s = durable_s = self._clock.monotonic()
+            for _ in part.trim(staged.info.slot_start, staged.info.slot_end):
+                failpoint("copying.while_trimming")
+                now_s = self._clock.monotonic()
+                # As long as it took: requests have at least half of this thread.
+                await asyncio.sleep(now_s - begun_s)
+                if now_s >= durable_s + _DURABLE_EVERY_S:
+                    await self._make_durable(staged)  # little at a time, and pages come free
+                    # Nothing is applied yet; but the source keeps its log for who asks for it.
+                    await tail(ask, shard, staged.follows, part.applied_index)
+                    durable_s = self._clock.monotonic()
+                begun_s = self._clock.monotonic()
+
     async def _restrict(self, staged: Staged, machine: EpochMachine) -> None:
         shard = machine.inner
         assert isinstance(shard, Shard)
         for _ in shard.restrict(staged.info.slot_start, staged.info.slot_end):
-            await asyncio.sleep(0)  # heartbeats go on meanwhile
+            await asyncio.sleep(0)
         staged.is_restricted = True  # twice would be another digest than the other replicas'
 
     async def _make_durable(self, staged: Staged) -> None:

@@ -1,8 +1,13 @@
-"""One part of a shard that was split: everything outside its range of slots is removed.
+"""One part of a shard that is split: everything outside its range of slots is removed.
 
-Both parts begin as copies of the whole, at the same entry. What remains is the same on every
-replica of a part: it depends on the rows alone. Requests that were answered before the split are
-remembered by each part for its own memories, so a retry takes effect once there as well.
+Both parts begin as copies of the whole. Most of what a part will not have is removed while its copy
+still follows the whole's log (`trim`), so that little is left to do once that log has ended
+(`restrict`), when writes wait. What a command comes to is part of the digest, on both sides of the
+split; so of each memory that is gone the copy still knows what later commands may find (`Outside`).
+
+What remains at the end is the same on every replica of a part, whenever each was trimmed: it
+depends on the log alone. Requests that were answered before the split are remembered by each part
+for its own memories, so a retry takes effect once there as well.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from agentmem_cluster.ring import slot_of_id
 from agentmem_node.storage.layout import (
@@ -27,45 +32,72 @@ from agentmem_node.storage.layout import (
 )
 from agentmem_node.storage.store import Store
 
-# Rows that are changed between two commits: their pages are in memory until then.
-_BATCH: Final = 2_000
+# Rows that are changed between two commits and in one go: others wait for about five milliseconds.
+_BATCH: Final = 500
+_LOOKED_AT: Final = 10_000
 
-IsOutside = Callable[[bytes], bool]
 T = TypeVar("T")
 
 
-def restrict(store: Store, slot_start: int, slot_end: int) -> Iterator[int]:
+def trim(store: Store, slot_start: int, slot_end: int) -> Iterator[int]:
     """Remove all memories whose slot is not in slot_start..slot_end-1, in steps.
 
-    Yields how many were removed so far, after every few thousand. To be run to its end, with no
-    entry applied meanwhile. Raises DiskFull, having left what may be done again.
+    Yields how many are gone so far, after every few hundred. To be run to its end, with no entry
+    applied meanwhile; entries may be applied from then on. Raises DiskFull: call it again later,
+    and it goes on.
     """
-
-    def is_outside(memory_id: bytes) -> bool:
-        return not slot_start <= slot_of_id(memory_id) < slot_end
-
-    removed = 0
-    fewer: Counter[int] = Counter()
-    for batch in _batches(_live_outside(store, is_outside)):
-        _reserve(store)
-        for doc in batch:
-            _remove_live(store, doc, fewer)
-        removed += len(batch)
-        yield removed
-    for keys in _batches(_deleted_outside(store, is_outside)):
-        _reserve(store)
-        for key in keys:
-            _remove_deleted(store, key)
-        removed += len(keys)
-        yield removed
+    outside = store.outside
+    if outside is None or outside.slots != (slot_start, slot_end):
+        outside = store.outside = Outside(slot_start, slot_end)
+    if outside.is_trimmed:
+        return
+    names = _names(store)
+    for located in _located_outside(store, outside):
+        for batch in _batches(located):
+            _reserve(store)
+            for key, doc, deleted in batch:
+                _remove(store, outside, names, key, doc, deleted)
+            yield len(outside.known)
     _reserve(store)
-    _count_fewer(store, fewer)
-    for position in _cut_feed(store, is_outside):
-        yield removed + position
+    _count_fewer(store, outside)
+    for _ in _cut_feed(store, outside):
+        yield len(outside.known)
+    outside.is_trimmed = True
+
+
+def restrict(store: Store, slot_start: int, slot_end: int) -> Iterator[int]:
+    """`trim`, or what is left of it, and then be the part: no entry of the whole's log follows."""
+    yield from trim(store, slot_start, slot_end)
     state = store.state
     part = b"%s %d %d" % (state.digest, slot_start, slot_end)
     state.digest = hashlib.blake2b(part, digest_size=DIGEST_BYTES).digest()
-    store.scopes.forget()
+    store.outside = None
+
+
+class Seen(NamedTuple):
+    """A memory as an operation finds it. `version` 0: never was there."""
+
+    version: int
+    is_live: bool
+    owner: str
+
+
+class Outside:
+    """What a part knows of memories that it will not have, while the whole's log speaks of them.
+
+    In memory, about 200 bytes for each: a copy that a crash cuts short begins anew anyway.
+    """
+
+    __slots__ = ("fewer", "is_trimmed", "known", "slots")
+
+    def __init__(self, slot_start: int, slot_end: int) -> None:
+        self.slots = (slot_start, slot_end)
+        self.known: dict[bytes, Seen] = {}  # by key in `ids`
+        self.fewer: Counter[int] = Counter()  # removed, but not yet from the counts of scopes
+        self.is_trimmed = False
+
+    def covers(self, memory_id: bytes) -> bool:
+        return not self.slots[0] <= slot_of_id(memory_id) < self.slots[1]
 
 
 def _reserve(store: Store) -> None:
@@ -78,36 +110,61 @@ def _batches(rows: Sequence[T]) -> Iterator[Sequence[T]]:
     return (rows[at : at + _BATCH] for at in range(0, len(rows), _BATCH))
 
 
-def _live_outside(store: Store, is_outside: IsOutside) -> list[int]:
-    cursor = store.env.txn.cursor(db=store.env.db["docs"])
-    return [U64.unpack(key)[0] for key, row in cursor if is_outside(bytes(row[:16]))]
+def _names(store: Store) -> dict[int, str]:
+    """The owner by the number of its scope."""
+    names = {}
+    for key, row in store.env.txn.cursor(db=store.env.db["scopes"]):
+        is_tenant = U32.unpack_from(key)[0] == 0
+        name = "" if is_tenant else bytes(row[SCOPE_HEAD.size :]).decode()
+        names[SCOPE_HEAD.unpack_from(row)[0]] = name
+    return names
 
 
-def _deleted_outside(store: Store, is_outside: IsOutside) -> list[bytes]:
-    cursor = store.env.txn.cursor(db=store.env.db["ids"])
-    return [bytes(key) for key, row in cursor if ID_ROW.unpack(row)[1] and is_outside(key[4:])]
+def _located_outside(store: Store, outside: Outside) -> Iterator[list[tuple[bytes, int, int]]]:
+    """Rows of `ids` of what is not the part's: its key, its number, the version that deleted it."""
+    after = b""
+    while True:
+        cursor = store.env.txn.cursor(db=store.env.db["ids"])
+        found = cursor.set_range(after) if after else cursor.first()
+        rows = []
+        looked = 0
+        while found and looked < _LOOKED_AT:
+            key = bytes(cursor.key())
+            if outside.covers(key[U32.size :]):
+                rows.append((key, *ID_ROW.unpack(cursor.value())))
+            after = key + b"\0"
+            looked += 1
+            found = cursor.next()
+        rows.sort(key=_number)  # neighbours share pages
+        yield rows
+        if not found:
+            return
 
 
-def _remove_live(store: Store, doc: int, fewer: Counter[int]) -> None:
+def _number(row: tuple[bytes, int, int]) -> int:
+    return row[1]
+
+
+def _remove(
+    store: Store, outside: Outside, names: dict[int, str], id_key: bytes, doc: int, deleted: int
+) -> None:
     txn, db = store.env.txn, store.env.db
+    txn.delete(id_key, db=db["ids"])
+    if deleted:
+        outside.known[id_key] = Seen(deleted, False, "")
+        _remove_history(store, doc)
+        return
     key = U64.pack(doc)
     row = unpack_doc(txn.get(key, db=db["docs"]))
+    outside.known[id_key] = Seen(row.version, True, names[row.scope])
     txn.delete(key, db=db["docs"])
     txn.delete(key, db=db["vectors"])
     txn.delete(key, db=db["sums"])
-    txn.delete(U32.pack(row.tenant) + row.id, db=db["ids"])
     for scope in {row.tenant, row.scope}:
         txn.delete(order_key(scope, row.created_ms, row.id), db=db["order"])
-        fewer[scope] += 1
+        outside.fewer[scope] += 1
     if row.version > 1:  # the first one has no history
         _remove_history(store, doc)
-
-
-def _remove_deleted(store: Store, key: bytes) -> None:
-    txn, db = store.env.txn, store.env.db
-    doc, _ = ID_ROW.unpack(txn.get(key, db=db["ids"]))
-    txn.delete(key, db=db["ids"])
-    _remove_history(store, doc)
 
 
 def _remove_history(store: Store, doc: int) -> None:
@@ -118,23 +175,25 @@ def _remove_history(store: Store, doc: int) -> None:
         found = cursor.delete() and bool(cursor.key())
 
 
-def _count_fewer(store: Store, fewer: Counter[int]) -> None:
+def _count_fewer(store: Store, outside: Outside) -> None:
     txn, db = store.env.txn, store.env.db["scopes"]
     changed = []
     for key, row in txn.cursor(db=db):
         number, memories = SCOPE_HEAD.unpack_from(row)
-        if fewer[number]:
-            head = SCOPE_HEAD.pack(number, memories - fewer[number])
+        if outside.fewer[number]:
+            head = SCOPE_HEAD.pack(number, memories - outside.fewer[number])
             changed.append((bytes(key), head + row[SCOPE_HEAD.size :]))
     for key, row in changed:
         txn.put(key, row, db=db)
+    outside.fewer.clear()
+    store.scopes.forget()
 
 
-def _cut_feed(store: Store, is_outside: IsOutside) -> Iterator[int]:
+def _cut_feed(store: Store, outside: Outside) -> Iterator[None]:
     """Leave of each command's outcomes those of this part's memories."""
     db = store.env.db["feed"]
+    is_outside: Callable[[bytes], bool] = outside.covers
     after = b""
-    position = 0
     while True:
         changed = []
         cursor = store.env.txn.cursor(db=db)
@@ -152,8 +211,7 @@ def _cut_feed(store: Store, is_outside: IsOutside) -> Iterator[int]:
             found = cursor.next()
         for key, row in changed:
             store.env.txn.put(key, row, db=db)
-        position += looked
         if not found:
             return
         _reserve(store)
-        yield position
+        yield

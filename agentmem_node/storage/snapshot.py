@@ -32,6 +32,9 @@ from agentmem_node.storage.checkpoint import (
 
 CHUNK_BYTES: Final = 1 << 20
 HASH_BYTES: Final = 16
+# A writer syncs after so many bytes: who else syncs to this disk, the journal above all, waits for
+# that much and not for a whole shard.
+_SYNC_BYTES: Final = 16 << 20
 
 
 def chunk_hash(data: bytes) -> bytes:
@@ -113,6 +116,7 @@ class SnapshotWriter:
         self.folder = folder
         self.size_bytes = size_bytes
         self._partial = partial_folder(folder)
+        self._unsynced_bytes = 0
         make_folder(self._partial)
         self._fd = os.open(self._partial / DATA_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -155,10 +159,14 @@ class SnapshotWriter:
             written = os.pwrite(self._fd, view, start)
             start += written
             view = view[written:]
+        self._unsynced_bytes += len(data)
+        if self._unsynced_bytes >= _SYNC_BYTES:
+            self._unsynced_bytes = 0
+            self._sync()
 
     def finish(self, checkpoint: Checkpoint) -> None:
         """Make it durable and give it its name. Blocks for the sync; raises OSError."""
-        getattr(os, "fdatasync", os.fsync)(self._fd)
+        self._sync()
         self.close()
         write_checkpoint(self._partial, checkpoint)
         if self.folder.exists():
@@ -167,6 +175,9 @@ class SnapshotWriter:
         self._partial.rename(self.folder)
         failpoint("copying.after_rename")
         sync_folder(self.folder.parent)
+
+    def _sync(self) -> None:
+        getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def close(self) -> None:
         """Keep what was received for a later attempt."""

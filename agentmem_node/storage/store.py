@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -38,6 +38,9 @@ from agentmem_node.storage.ledger import ADDED, DELETED, UPDATED, Ledger, Ledger
 from agentmem_node.storage.scopes import Scope, Scopes
 from agentmem_node.storage.sums import damaged as row_damaged
 from agentmem_node.storage.sums import is_past, is_row, is_vector
+
+if TYPE_CHECKING:
+    from agentmem_node.storage.restrict import Outside
 
 _FIRST_VERSION: Final = 1
 
@@ -105,6 +108,8 @@ class Store:
         # A page of the file is none of LMDB's: then its transaction is of no more use.
         self.failure: RecordDamaged | None = None
         self.reading = _Reading(self)
+        # Of a copy that is to be a part of this shard: what it is rid of already.
+        self.outside: Outside | None = None
         self._no_vector = bytes(4 * state.dim)
         env.state = state.pack
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 from pathlib import Path
 
@@ -217,6 +218,7 @@ def test_a_split_leaves_each_memory_in_one_half_and_writes_go_on(tmp_path: Path)
         try:
             memories = await fill(cluster, 80)
             stop = asyncio.Event()
+            chance = random.Random(8)
 
             async def write() -> None:
                 number = 1_000
@@ -224,6 +226,9 @@ def test_a_split_leaves_each_memory_in_one_half_and_writes_go_on(tmp_path: Path)
                     text = f"memory {number}"
                     memories[await cluster.add(f"user{number}", text)] = text
                     number += 1
+                    gone = chance.choice(list(memories))  # of either half, however old
+                    await cluster.delete(gone)
+                    del memories[gone]
                     await asyncio.sleep(0.01)
 
             writing = asyncio.create_task(write())

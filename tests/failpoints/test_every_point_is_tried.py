@@ -6,6 +6,7 @@ from agentmem_cluster.failpoints import POINTS
 from tests.failpoints import (
     test_lost_disk_process,
     test_move_path_process,
+    test_split_path_process,
     test_write_path_process,
 )
 
@@ -17,5 +18,6 @@ def test_every_failpoint_has_a_case() -> None:
         *(*write.SHORT, *write.LONG, *write.RECOVERY, *write.FOUNDING),
         *(point for _, point in (*move.SHORT, *move.LONG)),
         *test_lost_disk_process.POINTS,
+        *test_split_path_process.POINTS,
     }
     assert tried == set(POINTS)

@@ -112,7 +112,7 @@ LONG = [
 CASES = [*SHORT, *LONG] if IS_LONG else SHORT
 
 
-def begin(cluster: FaultyCluster, move: Move, armed: list[str]) -> str:
+def begin(cluster: FaultyCluster, wish: dict[str, str], armed: list[str]) -> str:
     """Begin it through a node that is to live, if there is one. Returns the operation's id.
 
     The meta group's leader may end before it answers: then it was begun, or is begun again.
@@ -125,12 +125,12 @@ def begin(cluster: FaultyCluster, move: Move, armed: list[str]) -> str:
             for operation, state in view["operations"].items():
                 if operation not in before and state != "stopped":
                     return str(operation)
-        said[:] = [cluster.command(through, "begin", wish=move.wish)]
+        said[:] = [cluster.command(through, "begin", wish=wish)]
         found: str | None = said[0].get("id")
         return found
 
     before = {one for view in cluster.views().values() for one in view["operations"]}
-    return until(begun, OPERATION_S, lambda: f"the move is begun: {said}")
+    return until(begun, OPERATION_S, lambda: f"it is begun: {said}")
 
 
 def over(cluster: FaultyCluster, operation: str) -> str:
@@ -166,7 +166,7 @@ def test_a_crash_during_a_move_leaves_one_serving_epoch(
     with Load(cluster.urls, f"{role}-{point}") as load:
         for name in armed:
             cluster.command(name, "arm", plan=f"{point}=crash")
-        operation = begin(cluster, move, armed)
+        operation = begin(cluster, move.wish, armed)
         cluster.any_ends_at(point)
         for name in armed:
             if not cluster.crashed(name, point):
@@ -189,7 +189,7 @@ def test_a_move_is_completed_although_every_node_is_slow_at_every_point(
             slow = ";".join(f"{point}=delay:0.05%0.02" for point in failpoints.POINTS)
             cluster.command(name, "arm", plan=f"seed={number};{slow}")
         try:
-            state = over(cluster, begin(cluster, move, []))
+            state = over(cluster, begin(cluster, move.wish, []))
             load.more(10)
         finally:
             for name in cluster.names:
@@ -223,7 +223,7 @@ def test_a_disk_that_is_full_during_a_move_is_waited_out(
     with Load(cluster.urls, f"full-{role}-{point}") as load:
         for name in victims:
             cluster.command(name, "arm", plan=f"{point}=error:ENOSPC")
-        operation = begin(cluster, move, victims)
+        operation = begin(cluster, move.wish, victims)
         for name in victims:
             cluster.met(name, point)
         load.more(50)  # the cluster serves, whatever one node cannot write
