@@ -27,6 +27,7 @@ from agentmem_cluster.epochs.commands import decode as decode_control
 from agentmem_cluster.raft.api import Entry
 from agentmem_node.backup.errors import BackupMissing, RestoreImpossible, damaged
 from agentmem_node.backup.objects import ObjectStore
+from agentmem_node.backup.origin import Origin, origin_in
 from agentmem_node.model.commands import Write, decode
 
 PREFIX: Final = "log/"
@@ -72,13 +73,14 @@ class Contents(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A shard from one of its epochs on, with slots [first, end): as a split made it, or as it was
-    backed up. `base`: the entry before its first one."""
+    """A shard from one of its epochs on, with slots [first, end): as a split made it, as it was
+    backed up, or as it was taken back to (`origin`). `base`: the entry before its first one."""
 
     shard: str
     slots: tuple[int, int]
     epoch: int
     base: int
+    origin: Origin | None = None
 
 
 # What a shard was of, the whole first: its state is that of the whole up to the base of the next.
@@ -201,11 +203,32 @@ class Archive:
         return list(self._lineages((whole,), until_ms))
 
     def _lineages(self, lineage: Lineage, until_ms: int) -> Iterator[Lineage]:
+        rewound = self._rewound(lineage[-1], until_ms)
+        if rewound is not None:
+            lineage = (rewound,)  # nothing of what was before is in it
         parts = self._split_of(lineage[-1], until_ms)
         if not parts:
             yield lineage
         for part in parts:
             yield from self._lineages((*lineage, part), until_ms)
+
+    def rewinds(self, shard: str, after: int) -> Iterator[Part]:
+        """What a shard began with each time that it was taken back, in epochs after `after`."""
+        for first in self._first_of_epochs(shard):
+            if first.epoch > after and (origin := self.origin(shard, first.epoch)) is not None:
+                slots = self.read(first).slots
+                yield Part(shard, slots, first.epoch, first.first - 1, origin)
+
+    def origin(self, shard: str, epoch: int) -> Origin | None:
+        """Where an epoch began, if not where the one before it ended."""
+        segments = self.segments(shard, epoch)
+        entries = (entry for segment in segments for entry in self.read(segment).entries)
+        return origin_in(entries, epoch)
+
+    def _rewound(self, part: Part, until_ms: int) -> Part | None:
+        """What a part was taken back to last, by that moment, before it was split."""
+        rewinds = [one for one in self.rewinds(part.shard, part.epoch) if one.slots == part.slots]
+        return next((one for one in reversed(rewinds) if not _is_later(one, until_ms)), None)
 
     def _split_of(self, whole: Part, until_ms: int) -> list[Part]:
         """The parts of a shard, in the order of their slots; none when that moment was before.
@@ -215,7 +238,11 @@ class Archive:
         """
         own = None
         for segment in self._first_of_epochs(whole.shard):
-            if segment.epoch > whole.epoch and self.read(segment).slots != whole.slots:
+            if segment.epoch <= whole.epoch:
+                continue
+            if self.origin(whole.shard, segment.epoch) is not None:
+                return []  # it was taken back after that moment, and what came then is later still
+            if self.read(segment).slots != whole.slots:
                 own = segment
                 break
         if own is None:
@@ -280,7 +307,23 @@ class Archive:
                 if segment.epoch >= part.epoch and (end is None or segment.first <= end):
                     last = segment.last if end is None else min(segment.last, end)
                     found.append(segment._replace(last=last))
-        return gaps(found, after)
+        return [
+            gap
+            for gap in gaps(found, after)
+            if not any(self.is_rewind(part.shard, gap) for part in lineage)
+        ]
+
+    def is_rewind(self, shard: str, gap: Gap) -> bool:
+        """Whether there never were such entries: the epoch before them ended with its seal, and the
+        one behind them began further on, because the shard was taken back."""
+        if all(part.base != gap.last for part in self.rewinds(shard, 1)):
+            return False
+        ends = [s for s in self.segments(shard) if s.first < gap.first <= s.last + 1]
+        return any(
+            isinstance(control, Seal) and control.epoch == segment.epoch
+            for segment in ends
+            for control in [decode_control(self.read(segment).entries[-1].command)]
+        )
 
     def last_of(self, part: Part) -> int:
         """The last entry that is archived; what the part begins with when there is none."""
@@ -338,10 +381,15 @@ class Archive:
             raise gap_error(shard, Gap(expected, chain.left_out - 1))
 
 
+def _is_later(rewound: Part, until_ms: int) -> bool:
+    assert rewound.origin is not None
+    return rewound.origin.at_ms > until_ms
+
+
 class _Chain:
     """Which segments make one history. An epoch that was founded from an older state than the
     one before it reached (a restore) takes the place of what it did not continue: but only for
-    moments after its own first write."""
+    moments after it began, or, where its log does not say when, after its own first write."""
 
     def __init__(
         self, archive: Archive, segments: list[Segment], epoch: int, until_ms: int | None
@@ -360,7 +408,11 @@ class _Chain:
                 return
 
     def _begins_after(self, archive: Archive, epoch: int, until_ms: int) -> bool:
-        for segment in self._by_epoch[epoch]:
+        segments = self._by_epoch[epoch]
+        origin = archive.origin(segments[0].shard, epoch)
+        if origin is not None:
+            return origin.at_ms > until_ms
+        for segment in segments:
             for entry in archive.read(segment).entries:
                 at_ms = at_ms_of(entry.command)
                 if at_ms is not None:

@@ -6,6 +6,7 @@ interruption is used by the next attempt:
     <folder>.fetch.partial    chunks that have arrived
     <folder>.fetch            all of them; the log is being replayed
     <folder>.fetch.json       whose they are: another backup begins anew
+    <folder>.fetch.origin     what the shard was taken back to, where the log begins with that
 """
 
 from __future__ import annotations
@@ -21,23 +22,25 @@ import msgspec
 from agentmem_cluster.errors import InternalError
 from agentmem_cluster.raft.api import Entry
 from agentmem_node.backup.archive import Archive, Gap, Lineage, Part, at_ms_of, gap_error
-from agentmem_node.backup.catalog import choose
+from agentmem_node.backup.catalog import choose, load
 from agentmem_node.backup.chunks import Chunks, hash_of
 from agentmem_node.backup.content import Content, content_of
-from agentmem_node.backup.errors import BackupDamaged, RestoreImpossible
+from agentmem_node.backup.errors import BackupDamaged, BackupMissing, RestoreImpossible
 from agentmem_node.backup.manifest import Manifest, ShardBackup, manifest_name
 from agentmem_node.backup.objects import ObjectStore
+from agentmem_node.backup.origin import Origin
 from agentmem_node.backup.pipeline import in_order
 from agentmem_node.backup.upload import Progress
 from agentmem_node.engine.shard import Shard
 from agentmem_node.model.times import format_ms
 from agentmem_node.storage.checkpoint import StorageDamaged, make_folder, sync_folder
 from agentmem_node.storage.environment import MAP_BYTES_DEFAULT
-from agentmem_node.storage.snapshot import SnapshotWriter, discard, partial_folder
+from agentmem_node.storage.snapshot import SnapshotWriter, discard
 from agentmem_node.storage.store import Store
 
 _BATCH_ENTRIES: Final = 512
 _BATCH_BYTES: Final = 4 << 20
+_ORIGIN: Final = ".origin"
 
 
 class Fetched(NamedTuple):
@@ -76,6 +79,11 @@ class ShardPlan(NamedTuple):
     def in_backup(self) -> str:
         return self.lineage[0].shard
 
+    @property
+    def origin(self) -> Origin | None:
+        """What it was taken back to by then: its state comes from there, not from the backup."""
+        return self.lineage[0].origin
+
 
 class Plan(NamedTuple):
     """Which backup, which part of the log, and what is missing. `faults` empty: it can be done."""
@@ -113,6 +121,7 @@ def plan(store: ObjectStore, *, backup_id: str | None = None, until_ms: int | No
         for lineage in lineages:
             made = _shard_plan(archive, lineage)
             shards.append(made)
+            faults += _origin_faults(store, lineage[0])
             if until_ms <= manifest.at_ms:
                 continue
             if made.unarchived is not None:
@@ -130,6 +139,17 @@ def plan(store: ObjectStore, *, backup_id: str | None = None, until_ms: int | No
 def _whole(manifest: Manifest, shard: ShardBackup) -> Part:
     info = manifest.shard_map.shards[shard.id]
     return Part(shard.id, (info.slot_start, info.slot_end), shard.epoch, shard.applied_index)
+
+
+def _origin_faults(store: ObjectStore, part: Part) -> Iterator[str]:
+    if part.origin is not None:
+        try:
+            load(store, part.origin.backup).shard(part.shard)
+        except (BackupMissing, BackupDamaged, KeyError) as error:
+            yield (
+                f"{part.shard} was taken back to backup {part.origin.backup} at "
+                f"{format_ms(part.origin.at_ms)}, which cannot be read: {error}"
+            )
 
 
 def _shard_plan(archive: Archive, lineage: Lineage) -> ShardPlan:
@@ -169,17 +189,23 @@ def fetch_shard(
     RestoreImpossible (a moment that the backup and the log do not reach), DiskFull, OSError; the
     folder is then not there.
     """
-    shard = _shard_of(manifest, shard_id)
     progress = Progress() if progress is None else progress
     if folder.exists():
         raise InternalError(f"{folder} is there already: a restore must not replace it.")
     staged = folder.with_name(folder.name + ".fetch")
-    lineage = lineage or _lineage(store, manifest, shard, until_ms)
-    _claim(staged, f"{manifest.id} {shard.digest.hex()} {until_ms} {lineage[1:]}")
+    lineage = lineage or _lineage(store, manifest, _shard_of(manifest, shard_id), until_ms)
+    first = lineage[0]
+    if first.origin is not None:
+        manifest = load(store, first.origin.backup)
+    shard = _shard_of(manifest, first.shard)
+    _claim(staged, f"{manifest.id} {shard.digest.hex()} {until_ms} {lineage}")
     if len(lineage) > 1:
         discard(staged)  # how far an interrupted attempt had come in which part, nobody knows
     if not staged.exists():
-        _download(store, shard, staged, progress)
+        if first.origin is None:
+            _download(store, shard, staged, progress)
+        else:
+            _take_back(store, manifest, first, first.origin, staged, progress, map_bytes)
     dim = manifest.model.dim
     replayed = 0
     if until_ms is not None:
@@ -187,7 +213,7 @@ def fetch_shard(
             store, manifest, shard, lineage, staged, dim, until_ms, progress, map_bytes
         )
     fetched = _look(staged, dim, replayed)
-    if len(lineage) == 1 and not replayed:
+    if len(lineage) == 1 and not replayed and first.origin is None:
         _check(manifest, shard, fetched)
     make_folder(folder.parent)
     staged.rename(folder)
@@ -217,7 +243,7 @@ def _lineage(
 def abandon(folder: Path) -> None:
     """Remove what an interrupted fetch into `folder` left behind."""
     staged = folder.with_name(folder.name + ".fetch")
-    discard(staged)
+    _discard_all(staged)
     _claim_of(staged).unlink(missing_ok=True)
 
 
@@ -253,6 +279,47 @@ def _download(store: ObjectStore, shard: ShardBackup, staged: Path, progress: Pr
         writer.close()
 
 
+def _take_back(
+    store: ObjectStore,
+    manifest: Manifest,
+    part: Part,
+    origin: Origin,
+    staged: Path,
+    progress: Progress,
+    map_bytes: int,
+) -> None:
+    """What the shard was taken back to, as the first state of the epoch that began with it."""
+    made = staged.with_name(staged.name + _ORIGIN)
+    if not made.exists():
+        fetch_shard(
+            store,
+            manifest,
+            part.shard,
+            made,
+            until_ms=origin.until_ms,
+            progress=progress,
+            map_bytes=map_bytes,
+        )
+    shard = _open(made, part.shard, manifest.model.dim, map_bytes)
+    try:
+        if origin.digest and shard.digest() != origin.digest:
+            raise BackupDamaged(
+                f"Shard {part.shard} was taken back to backup {manifest.id}, and what that comes "
+                "to now has another digest than then.",
+                hint="Restore a moment before that, or from a backup made after it.",
+                object=manifest_name(manifest.id),
+            )
+        shard.rebase(part.base, part.epoch - 1)
+        job = shard.checkpoint()
+        if job is not None:
+            job.run()
+            shard.checkpoint_done(job)
+    finally:
+        shard.close()
+    made.rename(staged)
+    sync_folder(staged.parent)
+
+
 def _replay(
     store: ObjectStore,
     manifest: Manifest,
@@ -268,7 +335,7 @@ def _replay(
     loses nothing but the work."""
     progress.phase = "replaying"
     newest_ms = shard.newest_ms
-    if newest_ms > until_ms:
+    if newest_ms > until_ms and lineage[0].origin is None:
         raise RestoreImpossible(
             f"Backup {manifest.id} holds writes of shard {shard.id} from {format_ms(newest_ms)}, "
             f"after {format_ms(until_ms)}.",
@@ -278,7 +345,8 @@ def _replay(
     open_shard = _open(staged, shard.id, dim, map_bytes)
     try:
         start = open_shard.applied_index
-        if start == shard.applied_index and open_shard.digest() != shard.digest:
+        is_as_backed_up = start == shard.applied_index and lineage[0].origin is None
+        if is_as_backed_up and open_shard.digest() != shard.digest:
             raise _differs(manifest, shard, "the digest of its log")
         epoch = open_shard.epoch_state.epoch
         for number, part in enumerate(lineage):
@@ -294,7 +362,7 @@ def _replay(
                 if part is not lineage[-1]:
                     _restrict(open_shard, lineage[-1], progress)
                 break
-        return open_shard.applied_index - shard.applied_index
+        return open_shard.applied_index - lineage[0].base
     finally:
         open_shard.close()
 
@@ -403,10 +471,7 @@ def _claim(staged: Path, owner: str) -> None:
             return
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         pass
-    discard(staged)
-    for left in (staged, partial_folder(staged)):
-        if left.exists():
-            shutil.rmtree(left)
+    _discard_all(staged)
     new = path.with_name(path.name + ".new")
     with new.open("wb") as file:
         file.write(msgspec.json.encode(owner))
@@ -414,3 +479,14 @@ def _claim(staged: Path, owner: str) -> None:
         os.fsync(file.fileno())
     new.replace(path)
     sync_folder(path.parent)
+
+
+def _discard_all(staged: Path) -> None:
+    discard(staged)
+    # What it was to be made of, and of that again.
+    for left in staged.parent.glob(f"{staged.name}*"):
+        if left != _claim_of(staged):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)

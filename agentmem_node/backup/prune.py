@@ -1,5 +1,8 @@
 """Removing old backups, and what only they needed.
 
+A backup that the cluster was taken back to is kept as long as one from before that is: moments
+after it begin there.
+
 Manifests go first: from then on a chunk that nobody names is garbage, whether this run removes it
 or, after an interruption, the next. The archived log is kept from the oldest backup that is.
 """
@@ -42,10 +45,10 @@ def prune(
     grace_ms: int = GRACE_MS,
     told: Callable[[int], None] = lambda removed: None,
 ) -> Pruned:
-    """Keep the newest `keep` backups of each cluster. `token` makes this run's notice its own.
+    """Keep the newest `keep` backups of each cluster, and what they need.
 
-    Raises BackupBusy while a backup is being made, BackupDamaged when a manifest cannot be read:
-    what it needs would be taken for garbage.
+    `token` makes this run's notice its own. Raises BackupBusy while a backup is being made,
+    BackupDamaged when a manifest cannot be read: what it needs would be taken for garbage.
     """
     if keep < 1:
         raise ValueError("at least one backup is kept")
@@ -108,9 +111,28 @@ def _split(store: ObjectStore, keep: int) -> tuple[list[mf.Manifest], list[mf.Ma
         by_cluster.setdefault(item.manifest.cluster_id, []).append(item.manifest)
     kept, old = [], []
     for manifests in by_cluster.values():
-        old += manifests[:-keep]
-        kept += manifests[-keep:]
+        needed = _needed(store, manifests, {m.id for m in manifests[-keep:]})
+        kept += [m for m in manifests if m.id in needed]
+        old += [m for m in manifests if m.id not in needed]
     return sorted(kept, key=lambda m: m.at_ms), sorted(old, key=lambda m: m.at_ms)
+
+
+def _needed(store: ObjectStore, manifests: list[mf.Manifest], kept: set[str]) -> set[str]:
+    """Those, and what the cluster was taken back to since: moments after that begin there."""
+    by_id = {manifest.id: manifest for manifest in manifests}
+    needed: set[str] = set()
+    todo = set(kept)
+    while todo:
+        needed |= todo
+        origins = set()
+        for manifest in (by_id[one] for one in todo):
+            archive = log.Archive(store, manifest.cluster_id)
+            for shard in manifest.shards:
+                for part in archive.rewinds(shard.id, shard.epoch):
+                    assert part.origin is not None
+                    origins.add(part.origin.backup)
+        todo = (origins & by_id.keys()) - needed
+    return needed
 
 
 def _garbage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Final
@@ -97,7 +97,7 @@ def verify(
         chunks=len(users),
         segments=len(segments),
         faults=faults,
-        gaps=list(_gaps(segments, manifests)),
+        gaps=list(_gaps(archives, segments, manifests)),
     )
 
 
@@ -112,7 +112,9 @@ def _log_of(store: ObjectStore) -> tuple[list[log.Segment], list[log.Segment]]:
     return segments, marks
 
 
-def _gaps(segments: list[log.Segment], manifests: list[mf.Manifest]) -> Iterator[str]:
+def _gaps(
+    archives: Mapping[str, log.Archive], segments: list[log.Segment], manifests: list[mf.Manifest]
+) -> Iterator[str]:
     """Moments that cannot be restored, although the log before and after them is there."""
     by_shard: dict[tuple[str, str], list[log.Segment]] = {}
     for segment in segments:
@@ -124,6 +126,11 @@ def _gaps(segments: list[log.Segment], manifests: list[mf.Manifest]) -> Iterator
         if indexes and len(indexes) == len(own):  # else a split made it since the oldest of them
             oldest = min(indexes)
         for gap in log.gaps(parts, oldest):
+            try:
+                if archives[cluster].is_rewind(shard, gap):
+                    continue
+            except (BackupDamaged, BackupMissing):
+                pass  # a fault of its own, by name
             yield f"{cluster}/{shard}: entries {gap.first} to {gap.last}"
 
 

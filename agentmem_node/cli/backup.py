@@ -201,6 +201,7 @@ def plan(destination: str, at: str | None, backup_id: str | None, as_json: bool)
                     {
                         "id": s.id,
                         "in_backup": s.in_backup,
+                        "taken_back_to": None if s.origin is None else s.origin.backup,
                         "backup_index": s.backup_index,
                         "archived_to": s.archived_to,
                         "gaps": [[gap.first, gap.last] for gap in s.gaps],
@@ -219,6 +220,9 @@ def plan(destination: str, at: str | None, backup_id: str | None, as_json: bool)
         for shard in made.shards:
             if shard.id != shard.in_backup:
                 out.print(f"shard {shard.id} was split off {shard.in_backup} since")
+            if shard.origin is not None:
+                then = format_ms(shard.origin.at_ms)
+                out.print(f"shard {shard.id} was taken back to {shard.origin.backup} at {then}")
             for gap in shard.gaps:
                 out.print(f"shard {shard.id}: entries {gap.first} to {gap.last} are missing")
         for fault in made.faults:
@@ -303,23 +307,15 @@ def restore(
 def rewind(destination: str, backup_id: str | None, at: str | None, **options: Any) -> int:
     """Take every shard back, one after the other: each begins its next epoch from the backup.
 
-    What was written since is gone from the cluster; a backup made before keeps it. The digests
-    are those of the moment. Shards must be cut as they were then. Make a backup afterwards: no
-    older one can be brought forward past this by the archived log.
+    What was written since is gone from the cluster; a backup made before, or the archived log,
+    keeps it. The digests are those of the moment. Shards must be cut as they were then.
 
     \b
     agentmem backup rewind /var/backups/agentmem --dry-run
     agentmem backup rewind /var/backups/agentmem --at 2026-01-31T09:30:00Z
     """
     wish = ops.OperationWish(kind="rewind", url=destination, backup=backup_id, at=at)
-    code = carry_out(wish, **options)
-    if code == Exit.OK and not options["dry_run"] and not wants_json(options["as_json"]):
-        click.echo(
-            "Make a backup now: what is written from here on can be restored from no older one.\n"
-            f"  agentmem backup create {destination}",
-            err=True,
-        )
-    return code
+    return carry_out(wish, **options)
 
 
 @backup.command()
@@ -330,7 +326,8 @@ def rewind(destination: str, backup_id: str | None, at: str | None, **options: A
 def prune(destination: str, keep: int, yes: bool, as_json: bool) -> int:
     """Keep the newest N backups of each cluster, and remove what only older ones needed.
 
-    The archived log is kept from the oldest kept backup on: earlier moments are gone.
+    The archived log is kept from the oldest kept backup on: earlier moments are gone. A backup that
+    the cluster was taken back to stays as long as an older state needs it for later moments.
 
     \b
     agentmem backup prune /var/backups/agentmem --keep 14

@@ -28,6 +28,7 @@ _ENDED_BYTES_MAX = 64 << 20
 _WAIT_ROUNDS = 3
 # A shard that is idle says so this often; a shard that is busy, with each segment.
 _MARK_S = 10.0
+_CONFIRM_S = 2.0
 # How often a replica that does not lead looks how far the archive is, in rounds.
 _FOLLOW_ROUNDS = 10
 
@@ -86,8 +87,10 @@ class Archiver:
         entries: list[Entry] = []
         size = 0
         try:
+            # A node that has not looked at the archive since its start keeps what it has.
+            begin = max(place.last, local.group.status().first_index - 1)
             while size < _ENDED_BYTES_MAX:
-                after = entries[-1].index if entries else place.last
+                after = entries[-1].index if entries else begin
                 found = local.group.read_log(after, _SEGMENT_BYTES)
                 if not found:
                     break
@@ -167,6 +170,7 @@ class Archiver:
             place.is_known = True
         # Before the entries are read: what is decided by now may be committed after them.
         now_ms = self._clock.wall_ms()
+        knows_all = await self._knows_all(local)
         is_news = False
         while True:
             try:
@@ -182,10 +186,22 @@ class Archiver:
             is_news = True
         local.group.retain(place.last)
         now_s = self._clock.monotonic()
-        if (is_news or now_s - place.marked_s >= _MARK_S) and local.group.is_leader:
+        if not knows_all or not local.group.is_leader:
+            return
+        if is_news or now_s - place.marked_s >= _MARK_S:
             reached = Reached(place.epoch, place.last, now_ms)
             await asyncio.to_thread(archive.mark, shard, reached)
             place.marked_s = now_s
+
+    async def _knows_all(self, local: LocalShard) -> bool:
+        """Whether all that was answered before this call is applied here: a new leader has to learn
+        what the one before it committed, and a new epoch's log has to say first where it began."""
+        try:
+            await local.group.read_index(deadline=self._clock.monotonic() + _CONFIRM_S)
+        except AgentMemError as error:
+            log.debug("how far the archive of %s is cannot be said now: %s", local.info.id, error)
+            return False
+        return local.machine.has_begun
 
     async def _follow(self, archive: Archive, shard: str, local: LocalShard) -> None:
         """Keep in the journal what the archive lacks: this node may have to write it."""

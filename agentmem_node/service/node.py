@@ -64,7 +64,7 @@ from agentmem_node.service.membership import Membership
 from agentmem_node.service.operations import Operations
 from agentmem_node.service.read import Reads
 from agentmem_node.service.replicas import Replicas
-from agentmem_node.service.rewinding import fetch
+from agentmem_node.service.rewinding import fetch, origin_entry
 from agentmem_node.service.routing import Routing
 from agentmem_node.service.scrubbing import Scrubbing
 from agentmem_node.service.search import Searches
@@ -257,6 +257,7 @@ class Node:
             on_fatal=self._fatal,
         )
         self._replicas.fetch = fetch
+        self._replicas.origin_entry = origin_entry
         await self._replicas.find_broken()
         self._membership = Membership(
             config,

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.epochs.commands import Begin, Seal, encode
@@ -133,6 +133,9 @@ class Replicas:
         }
         # How a shard is fetched out of a backup (source, shard, folder, progress); blocks.
         self.fetch: Fetch = _no_backups
+        # What the log of such a shard says first (source, epoch, digest, time).
+        self.origin_entry: Callable[[str, int, bytes, int], bytes] = _no_backups
+        self._rebased: dict[str, bytes] = {}  # with which digest a shard came out of a backup
         # How a peer's view of the cluster is taken over; set by the membership.
         self.learn_view: Callable[[Any], Any] = lambda wire: None
         self.view_wire: Callable[[], Any] = lambda: None
@@ -220,6 +223,7 @@ class Replicas:
 
     def rebase(self, state: EpochAware, index: int, ended: int) -> None:
         assert isinstance(state, Shard)
+        self._rebased[state.id] = state.digest()
         state.rebase(index, ended)
 
     def _served(self, served: Served, group: AsyncGroup) -> None:
@@ -463,6 +467,11 @@ class Replicas:
                 failpoint("epoch.after_fence")
                 deadline = self._clock.monotonic() + _CALL_S
                 try:
+                    if change.source:
+                        digest = self._rebased.get(shard, b"")
+                        now_ms = self._clock.wall_ms()
+                        entry = self.origin_entry(change.source, info.epoch, digest, now_ms)
+                        await local.group.propose(entry, deadline=deadline)
                     await local.group.propose(encode(Begin(info.epoch)), deadline=deadline)
                     failpoint("epoch.after_begin")
                 except AgentMemError as error:
@@ -819,7 +828,7 @@ class Replicas:
         return self._routing.check_epoch(shard, epoch)
 
 
-def _no_backups(source: str, shard: str, *_: Any) -> None:
+def _no_backups(source: str, *_: Any) -> NoReturn:
     raise Unavailable(f"This node cannot read the backup {source}.")
 
 

@@ -18,6 +18,7 @@ from agentmem_node.backup.catalog import load
 from agentmem_node.backup.errors import RestoreImpossible
 from agentmem_node.backup.fetch import fetch_shard, plan
 from agentmem_node.backup.objects import open_store
+from agentmem_node.backup.origin import Origin, encode
 from agentmem_node.backup.upload import Progress
 from agentmem_node.model.times import format_ms
 from agentmem_node.service.stored_operations import StoredStep
@@ -87,12 +88,22 @@ async def rewind_steps(
     ]
 
 
+def origin_entry(source: str, epoch: int, digest: bytes, at_ms: int) -> bytes:
+    """What the log of an epoch says first when its state came from `source`. Raises as `fetch`."""
+    wanted = _source(source)
+    return encode(Origin(epoch, wanted.backup, wanted.until_ms, at_ms, digest))
+
+
 def fetch(source: str, shard: str, folder: Path, progress: Callable[[int, int], None]) -> None:
     """Make `folder` the shard as the source has it. Blocks. Raises AgentMemError, OSError."""
-    try:
-        wanted = msgspec.json.decode(source, type=Source)
-    except msgspec.DecodeError as error:
-        raise AgentMemError(f"{source[:200]!r} is not where a shard can be had: {error}") from error
+    wanted = _source(source)
     store = open_store(wanted.url)
     manifest = load(store, wanted.backup)
     fetch_shard(store, manifest, shard, folder, until_ms=wanted.until_ms, progress=_Shown(progress))
+
+
+def _source(source: str) -> Source:
+    try:
+        return msgspec.json.decode(source, type=Source)
+    except msgspec.DecodeError as error:
+        raise AgentMemError(f"{source[:200]!r} is not where a shard can be had: {error}") from error

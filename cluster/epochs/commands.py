@@ -14,7 +14,7 @@ import msgpack
 MARK: Final = b"\xc1"
 FORMAT: Final = 1
 _SEAL: Final = 1
-_BEGIN: Final = 2
+_BEGIN: Final = 2  # 3 is no control entry, but says in a log where it began: backup/origin.py
 _EPOCH_END: Final = 1 << 63
 
 

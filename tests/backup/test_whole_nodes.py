@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agentmem_cluster.errors import AgentMemError, Conflict
@@ -17,11 +18,13 @@ from agentmem_node.backup.objects import open_store
 from agentmem_node.backup.verify import verify
 from agentmem_node.model.backups import BackupWork, CreateBackup, RestoreBackup
 from agentmem_node.model.operations import OperationWish
+from agentmem_node.model.requests import ListQuery
 from agentmem_node.model.times import format_ms
 from agentmem_node.service.backup_parts import BackupParts
 from agentmem_node.service.node import Node
 from tests.epochs.conftest import Cluster, run
 from tests.epochs.test_moving_a_shard import move
+from tests.epochs.test_operations import finished
 
 SHARD = "s00"
 USERS = [f"user{number}" for number in range(12)]
@@ -373,6 +376,50 @@ def test_a_moment_after_a_split_is_restored_from_a_backup_of_before(tmp_path: Pa
         await cluster.until(lambda: work.state != "running", "the restore")
         assert work.result is not None
         assert work.result["revived"] == sum(len(kept[user]) for user in USERS[2:])
+        await cluster.stop()
+
+    run(scenario, 110)
+
+
+def test_moments_before_and_after_a_rewind_are_restored_from_a_backup_of_before(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        url = str(tmp_path / "store")
+        cluster = Cluster(tmp_path, ["n1", "n2", "n3"], shards=2)
+        cluster.overrides = {"backup.archive": url, "backup.archive_ms": 100}
+        await cluster.start("n1", "n2", "n3")
+        store = open_store(url)
+        node = cluster.any_node()
+        before = [await cluster.add(user, f"{user} before") for user in USERS]
+        first = await back_up(cluster, node, url)
+        assert first.state == "done", first.error
+        undone = [await cluster.add(user, f"{user} undone") for user in USERS]
+        before_ms = node.clock.wall_ms()
+        await asyncio.sleep(0.01)
+        wish = OperationWish(kind="rewind", url=url)
+        done = await finished(cluster, await node.begin_operation(cluster.caller(node), wish))
+        assert done.state == "done", done
+        after = [await cluster.add(user, f"{user} after") for user in USERS]
+        after_ms = node.clock.wall_ms()
+        await asyncio.sleep(0.01)
+        for memory_id in (*before, *after):
+            await cluster.delete(memory_id)
+        await cluster.until(lambda: not plan(store, until_ms=after_ms).faults, "the moment")
+        for until_ms, ids in ((before_ms, before + undone), (after_ms, before + after)):
+            found = plan(store, until_ms=until_ms)
+            assert (found.faults, found.manifest.id) == ([], first.id)
+            assert not any(shard.gaps for shard in found.shards)
+            work = await node.backups.restore(
+                cluster.caller(node), RestoreBackup(url=url, at=format_ms(until_ms), exact=True)
+            )
+            await cluster.until(lambda w=work: w.state != "running", "the restore")
+            assert work.state == "done", work.error
+            listed = await node.list(cluster.caller(node), ListQuery(limit=100))
+            found_ids = {msgspec.json.decode(item)["id"] for item in listed.results}
+            assert found_ids == set(ids)
+        checked = verify(store)
+        assert checked.is_good and not checked.gaps
         await cluster.stop()
 
     run(scenario, 110)
