@@ -9,8 +9,8 @@ in threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,7 @@ from agentmem_cluster.failpoints import failpoint
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.runtime import Clock
 from agentmem_node.service.routing import LocalShard
+from agentmem_node.service.threads import to_its_end
 from agentmem_node.storage.checkpoint import Checkpoint
 from agentmem_node.storage.snapshot import CHUNK_BYTES, SnapshotWriter, StorageSnapshot, chunk_hash
 
@@ -173,8 +174,8 @@ async def receive(
     size_bytes = int(opened["bytes"])
     writer: SnapshotWriter | None = None
     try:
-        writer = await asyncio.to_thread(SnapshotWriter, folder, size_bytes)
-        with _tasks() as start:
+        writer = await to_its_end(SnapshotWriter, folder, size_bytes)
+        async with _tasks() as start:
             numbers = iter(range(-(-size_bytes // CHUNK_BYTES)))
             flying: list[asyncio.Task[int]] = []
             done = 0
@@ -187,7 +188,7 @@ async def receive(
                 failpoint("copying.after_chunk")
                 progress(min(done, size_bytes), size_bytes)
         failpoint("copying.before_finish")
-        await asyncio.to_thread(writer.finish, Checkpoint(opened["metas"], opened["state"]))
+        await to_its_end(writer.finish, Checkpoint(opened["metas"], opened["state"]))
     finally:
         if writer is not None:
             writer.close()
@@ -196,8 +197,9 @@ async def receive(
     return int(opened["index"]), int(opened["term"])
 
 
-@contextmanager
-def _tasks() -> Iterator[Callable[[Coroutine[Any, Any, int]], asyncio.Task[int]]]:
+@asynccontextmanager
+async def _tasks() -> AsyncIterator[Callable[[Coroutine[Any, Any, int]], asyncio.Task[int]]]:
+    """All of them are over at the end: none writes to what is closed then."""
     started: list[asyncio.Task[int]] = []
 
     def start(work: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
@@ -210,10 +212,11 @@ def _tasks() -> Iterator[Callable[[Coroutine[Any, Any, int]], asyncio.Task[int]]
     finally:
         for task in started:
             task.cancel()
+        await asyncio.gather(*started, return_exceptions=True)
 
 
 async def _fetch(ask: Ask, snapshot: str, number: int, writer: SnapshotWriter, pace: Pace) -> int:
-    have = await asyncio.to_thread(writer.hash_of, number)
+    have = await to_its_end(writer.hash_of, number)
     answer = await ask("replica.chunk", {"snapshot": snapshot, "number": number, "have": have})
     if answer.get("same"):
         return CHUNK_BYTES
@@ -221,7 +224,7 @@ async def _fetch(ask: Ask, snapshot: str, number: int, writer: SnapshotWriter, p
     if crc32(data) != answer["crc"]:
         raise Paused(f"Chunk {number} was damaged on its way.")
     await pace.take(len(data))
-    await asyncio.to_thread(writer.write, number, data)
+    await to_its_end(writer.write, number, data)
     return CHUNK_BYTES
 
 

@@ -32,6 +32,7 @@ from agentmem_node.backup.manifest import ShardBackup
 from agentmem_node.backup.objects import ObjectStore, open_store
 from agentmem_node.backup.upload import Progress, RateLimit, upload_shard
 from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.service.threads import unless_called_off
 from agentmem_node.storage.checkpoint import RecordDamaged
 from agentmem_node.storage.snapshot import StorageSnapshot
 
@@ -215,19 +216,16 @@ class Cuts:
                     rate=self._rate,
                 )
 
-            # A thread cannot be cancelled: it is waited for, because it reads the snapshot.
-            running = asyncio.ensure_future(asyncio.to_thread(work))
+            def call_off() -> None:
+                cut.progress.is_cancelled = True
+
             try:
-                return await asyncio.shield(running)
+                return await unless_called_off(call_off, work)  # its thread reads the snapshot
             except RecordDamaged as error:
                 cut.local.shard.tell_damaged(error)
                 raise
             except OSError as error:
                 raise InternalError(f"Shard {shard} could not be read: {error}.") from error
-            except asyncio.CancelledError:
-                cut.progress.is_cancelled = True
-                await asyncio.gather(running, return_exceptions=True)
-                raise
 
     def _drop(self, backup: str, shard: str) -> None:
         cut = self._cuts.pop((backup, shard), None)

@@ -529,6 +529,15 @@ class Membership:
             raise NotLeader("The meta group is moving to other voters.")
         return machine.state
 
+    async def confirmed_view(self) -> View:
+        """The cluster as it is decided now, as the meta group's leader. Raises as `read_state`, and
+        Unavailable while the cluster is not founded."""
+        await self.read_state()
+        view = self._own_view()
+        if view is None:
+            raise Unavailable("This cluster is not founded yet.", hint="Try again in a moment.")
+        return view
+
     async def _on_propose(self, _peer: str, body: dict[str, Any]) -> list[str]:
         """`meta.propose`: only the leader answers; it is asked by authenticated nodes only."""
         if self._meta is None or not self._meta.is_leader:

@@ -168,20 +168,22 @@ class Operations:
         if self._link is None:
             return self._listed_here()
         if self._membership.leads:
-            await self._membership.read_state()  # one that was deposed a moment ago raises
-            return self._listed_here()
+            # One that was deposed a moment ago raises.
+            return self._listed_in(await self._membership.confirmed_view())
         wire = await self._membership.ask_leader("operations.list", {}, _CALL_S)
         return msgspec.json.decode(wire, type=list[ops.Operation])
 
     def _listed_here(self) -> list[ops.Operation]:
-        view = self._membership.require_view()
+        return self._listed_in(self._membership.require_view())
+
+    def _listed_in(self, view: View) -> list[ops.Operation]:
         progress = self._progress_here()
         found = sorted(self.stored(view), key=lambda one: one.created_at, reverse=True)
         return [one.shown(progress.get(one.id, {})) for one in found]
 
     async def _on_list(self, _peer: str, _body: dict[str, Any]) -> bytes:
-        await self._membership.read_state()  # only the leader can
-        return msgspec.json.encode(self._listed_here())
+        view = await self._membership.confirmed_view()  # only the leader can
+        return msgspec.json.encode(self._listed_in(view))
 
     async def control(self, operation_id: str, action: str) -> ops.Operation:
         """Stop: no further step begins, the one under way ends. Resume: go on.

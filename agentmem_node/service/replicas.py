@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +29,7 @@ from agentmem_cluster.errors import (
     DiskFull,
     InternalError,
     NotLeader,
+    ShuttingDown,
     StateDamaged,
     Unavailable,
 )
@@ -41,6 +43,7 @@ from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
 from agentmem_node.service.copying import Pace, Paused, Sources, asker, receive, tail
 from agentmem_node.service.routing import LocalShard, Routing
+from agentmem_node.service.threads import unless_called_off
 from agentmem_node.storage.checkpoint import (
     DATA_NAME,
     RecordDamaged,
@@ -556,7 +559,18 @@ class Replicas:
         self._start(staged, self._copy(staged, shard, source))
 
     def _start(self, staged: Staged, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name=f"copy-{staged.info.id}")
+        before = self._copies.get(staged.info.id)
+
+        async def run() -> None:
+            try:
+                if before is not None:
+                    await asyncio.wait([before])  # it may have a thread that has not ended
+            except BaseException:
+                work.close()
+                raise
+            await work
+
+        task = asyncio.create_task(run(), name=f"copy-{staged.info.id}")
         self._copies[staged.info.id] = task
 
         def ended(_: asyncio.Task[None]) -> None:
@@ -602,10 +616,15 @@ class Replicas:
                 if folder.exists():
                     self._discard(folder)
 
+                called_off = threading.Event()
+
                 def progress(done: int, total: int) -> None:
+                    if called_off.is_set():
+                        raise ShuttingDown("Nobody waits for this copy any more.")
                     staged.done_bytes, staged.total_bytes = done, total
 
-                await asyncio.to_thread(self.fetch, change.source, change.shard, folder, progress)
+                fetching = partial(self.fetch, change.source, change.shard, folder, progress)
+                await unless_called_off(called_off.set, fetching)
                 state = self._open_shard(staged.info.id, folder)
                 staged.machine = EpochMachine(state, staged.follows)
             await self._make_durable(staged)
