@@ -19,7 +19,6 @@ from typing import Final, NamedTuple, TypeVar
 
 from agentmem_cluster.ring import slot_of_id
 from agentmem_node.storage.layout import (
-    DIGEST_BYTES,
     FEED_HEAD,
     FEED_OP,
     HISTORY_KEY,
@@ -68,10 +67,14 @@ def trim(store: Store, slot_start: int, slot_end: int) -> Iterator[int]:
 def restrict(store: Store, slot_start: int, slot_end: int) -> Iterator[int]:
     """`trim`, or what is left of it, and then be the part: no entry of the whole's log follows."""
     yield from trim(store, slot_start, slot_end)
-    state = store.state
-    part = b"%s %d %d" % (state.digest, slot_start, slot_end)
-    state.digest = hashlib.blake2b(part, digest_size=DIGEST_BYTES).digest()
+    store.state.digest = digest_of_part(store.state.digest, slot_start, slot_end)
     store.outside = None
+
+
+def digest_of_part(digest: bytes, slot_start: int, slot_end: int) -> bytes:
+    """With which digest a part begins when the whole ended with `digest`; of the same length."""
+    part = b"%s %d %d" % (digest, slot_start, slot_end)
+    return hashlib.blake2b(part, digest_size=len(digest)).digest()
 
 
 class Seen(NamedTuple):

@@ -18,9 +18,9 @@ from agentmem_chaos.sim.shard_store import DIM, ShardStore
 from agentmem_chaos.sim.world import World
 from agentmem_cluster.epochs.commands import Seal, decode
 from agentmem_cluster.raft.api import Entry
-from agentmem_node.backup.archive import Archive, Reached, at_ms_of
+from agentmem_node.backup.archive import Archive, Lineage, Reached, at_ms_of
 from agentmem_node.backup.catalog import new_id
-from agentmem_node.backup.fetch import fetch_shard, plan
+from agentmem_node.backup.fetch import ShardPlan, fetch_shard, plan
 from agentmem_node.backup.manifest import Manifest, Model, ShardBackup, encode, manifest_name
 from agentmem_node.backup.objects import ObjectStore
 from agentmem_node.backup.upload import Progress, RateLimit, upload_shard
@@ -39,6 +39,7 @@ class Restored:
     moments: int = 0
     exact: int = 0
     epochs: int = 0  # the most that a restore went through
+    splits: int = 0  # and the most of them that were splits
 
 
 class WorldBackups:
@@ -106,84 +107,114 @@ class WorldBackups:
     def check(self, folder: Path, moments: int) -> Restored:
         """Restore every backup as it is, and at some later moments. Raises AssertionError."""
         restored = Restored(backups=len(self.manifests))
-        logs = self._archive()
+        self._archive()
         for manifest in self.manifests:
             for shard in manifest.shards:
-                log, since = logs[shard.id], shard.applied_index
                 whole = folder / f"{manifest.id}-{shard.id}"
                 fetched = fetch_shard(self._store, manifest, shard.id, whole, map_bytes=MAP_BYTES)
                 self._compare(shard.id, fetched.applied_index, fetched.digest, restored)
-                later = [until_ms for until_ms in _clock_of(log)[since:] if until_ms is not None]
-                later = [ms for ms in later if ms >= manifest.at_ms]
-                for until_ms in self._chance.sample(later, min(moments, len(later))):
-                    assert plan(self._store, backup_id=manifest.id, until_ms=until_ms).faults == []
-                    fetched = fetch_shard(
-                        self._store,
-                        manifest,
-                        shard.id,
-                        folder / f"{manifest.id}-{shard.id}-{until_ms}-{restored.moments}",
-                        until_ms=until_ms,
-                        map_bytes=MAP_BYTES,
-                    )
-                    clock = _clock_of(log)
-                    end = max(i for i, ms in enumerate(clock, 1) if ms is None or ms <= until_ms)
-                    # What follows the last write has no time, and may be there or not.
-                    last = fetched.applied_index
-                    assert clock[last - 1] == clock[end - 1], (shard.id, until_ms)
-                    assert last <= end, (shard.id, until_ms)
-                    self._compare(shard.id, last, fetched.digest, restored)
-                    seals = sum(_is_seal(entry) for entry in log[since:last])
-                    restored.epochs = max(restored.epochs, seals)
-                    restored.moments += 1
+            logs = map(self._log_of, self._shards())
+            times = {at_ms_of(entry.command) for log in logs for entry in log}
+            later = sorted(ms for ms in times if ms is not None and ms >= manifest.at_ms)
+            for until_ms in self._chance.sample(later, min(moments, len(later))):
+                found = plan(self._store, backup_id=manifest.id, until_ms=until_ms)
+                assert found.faults == []
+                assert not any(part.gaps for part in found.shards)
+                for part in found.shards:
+                    where = folder / f"{manifest.id}-{part.id}-{until_ms}-{restored.moments}"
+                    self._restore(manifest, part, until_ms, where, restored)
         return restored
 
+    def _restore(
+        self, manifest: Manifest, part: ShardPlan, until_ms: int, folder: Path, restored: Restored
+    ) -> None:
+        """At a moment: up to the last write of then, and as some replica was there."""
+        backed_up = manifest.shard(part.in_backup)
+        fetched = fetch_shard(
+            self._store,
+            manifest,
+            part.in_backup,
+            folder,
+            until_ms=until_ms,
+            lineage=part.lineage,
+            map_bytes=MAP_BYTES,
+        )
+        since = backed_up.applied_index
+        log = self._log_of_lineage(part.lineage, since)
+        clock = [backed_up.newest_ms, *_clock_of(log, backed_up.newest_ms)]
+        end = max(number for number, ms in enumerate(clock) if ms <= until_ms)
+        # What follows the last write has no time, and may be there or not.
+        last = fetched.applied_index - since
+        assert clock[last] == clock[end] and last <= end, (part.id, until_ms)
+        self._compare(part.id, fetched.applied_index, fetched.digest, restored)
+        restored.epochs = max(restored.epochs, sum(map(_is_seal, log[:last])))
+        restored.splits = max(restored.splits, len(part.lineage) - 1)
+        restored.moments += 1
+
     def _compare(self, shard: str, index: int, digest: bytes, restored: Restored) -> None:
-        there = self._world.judge.state_at(shard, index)
-        if there is not None:
-            assert there.startswith(digest), f"{shard} was restored to another state at {index}"
+        # Where a shard was split there are two: that of the whole, and that of the part.
+        there = {
+            self._world.judge.state_at(shard, index),
+            self._world.epochs.state_at(shard, index, len(digest)),
+        } - {None}
+        if there:
+            said = f"{shard} was restored to another state at {index}"
+            assert any(one is not None and one.startswith(digest) for one in there), said
             restored.exact += 1
 
-    def _archive(self) -> dict[str, list[Entry]]:
-        """Archive what the replicas applied, in segments as leaders would write them."""
-        archive = Archive(self._store, CLUSTER)
-        logs = {}
+    def _shards(self) -> list[str]:
         state = newest(list(self._world.movers.values()))
         assert state is not None and state.map is not None
-        for shard, info in state.map.shards.items():
-            log = logs[shard] = self._log_of(shard)
-            epoch, part = 1, list[Entry]()
+        return sorted(state.map.shards)
+
+    def _archive(self) -> None:
+        """Archive what the replicas applied, in segments as leaders would write them."""
+        archive = Archive(self._store, CLUSTER)
+        for shard in self._shards():
+            epoch, first_index = self._world.epochs.first_of(shard)
+            part = list[Entry]()
+            log = self._log_of(shard)
             for entry in [*log, None]:
                 is_over = entry is None or len(part) >= self._chance.randint(1, SEGMENT_ENTRIES_MAX)
                 if part and (is_over or _is_seal(part[-1])):
-                    archive.append(shard, epoch, part, (info.slot_start, info.slot_end))
+                    archive.append(shard, epoch, part, self._world.epochs.slots_of(shard, epoch))
                     epoch += _is_seal(part[-1])
                     part = []
                 if entry is not None:
                     part.append(entry)
-            archive.mark(shard, Reached(epoch, len(log), _FOR_EVER_MS))
-        return logs
+            archive.mark(shard, Reached(epoch, first_index + len(log) - 1, _FOR_EVER_MS))
 
     def _log_of(self, shard: str) -> list[Entry]:
+        """All that was applied of its own log."""
         log: list[Entry] = []
-        for index in count(1):
+        for index in count(self._world.epochs.first_of(shard)[1]):
             applied = self._world.judge.entry_at(shard, index)
             if applied is None:
                 return log
             log.append(applied)
         raise AssertionError("the log has no end")
 
+    def _log_of_lineage(self, lineage: Lineage, since: int) -> list[Entry]:
+        """What a part comes from, behind entry `since`: the whole's log, and then its own."""
+        log: list[Entry] = []
+        for number, part in enumerate(lineage):
+            end = lineage[number + 1].base if number + 1 < len(lineage) else None
+            log += [
+                entry
+                for entry in self._log_of(part.shard)
+                if entry.index > since + len(log) and (end is None or entry.index <= end)
+            ]
+        return log
+
 
 def _is_seal(entry: Entry) -> bool:
     return isinstance(decode(entry.command), Seal)
 
 
-def _clock_of(log: list[Entry]) -> list[int | None]:
+def _clock_of(log: list[Entry], newest_ms: int) -> list[int]:
     """The running maximum of the times that commands name, after each entry."""
-    clock: list[int | None] = []
-    newest_ms: int | None = None
+    clock = []
     for entry in log:
-        at_ms = at_ms_of(entry.command)
-        if at_ms is not None:
-            newest_ms = at_ms if newest_ms is None else max(newest_ms, at_ms)
+        newest_ms = max(newest_ms, at_ms_of(entry.command) or newest_ms)
         clock.append(newest_ms)
     return clock

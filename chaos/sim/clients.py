@@ -20,7 +20,7 @@ from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
 from agentmem_chaos.sim.workload import Asked, Memories, Registers
 from agentmem_cluster.errors import AgentMemError, NotLeader, WrongShard
-from agentmem_cluster.raft.api import Applied, GroupSpec
+from agentmem_cluster.raft.api import GroupSpec
 
 P = ParamSpec("P")
 
@@ -57,6 +57,7 @@ class Call:
     ok: bool = False
     result: Hashable = None
     uncertain: bool = False  # some attempt may still take effect
+    shard: str = ""  # that answered
     index: int = 0  # of the entry, or of the last one in the state that was read
     order: float | None = None  # where it took effect: at the entry, or just after the last one
 
@@ -93,10 +94,19 @@ class Call:
 
 
 class Seen(NamedTuple):
-    """What a read answers: the value, and up to which entry the replica had applied."""
+    """What a read answers: the value, and up to which entry the replica of `shard` had applied."""
 
     value: Hashable
     applied_index: int
+    shard: str
+
+
+class Written(NamedTuple):
+    """What a write answers: what it did, at which entry of which shard."""
+
+    effect: Effect
+    at: int
+    shard: str
 
 
 class Server(Protocol):
@@ -104,12 +114,12 @@ class Server(Protocol):
 
     name: str
 
-    def members_of(self, group: str) -> tuple[str, ...]:
-        """Who has the group, as far as this node knows; empty when it knows nothing."""
+    def members_of(self, group: str, key: str) -> tuple[str, ...]:
+        """Who has the shard of a key, as far as this node knows; empty when it knows nothing."""
         ...
 
     def propose(
-        self, group: str, command: Command, answer: Callable[[Applied | AgentMemError, bool], None]
+        self, group: str, command: Command, answer: Callable[[Written | AgentMemError, bool], None]
     ) -> None:
         """`answer(outcome, certain)`; an error is certain when the command cannot take effect."""
         ...
@@ -130,9 +140,9 @@ class Caller(Protocol):
 class Witness(Protocol):
     """Who watches what clients are shown."""
 
-    def seen(self, group: str) -> int: ...
+    def seen(self) -> Mapping[str, int]: ...
 
-    def answered(self, call: Call, seen_before: int) -> None: ...
+    def answered(self, call: Call, seen_before: Mapping[str, int]) -> None: ...
 
 
 class SimClient:
@@ -209,11 +219,11 @@ class SimClient:
         if call.kind is not Kind.READ and self._plan.padding_bytes_max and chance.random() < 0.5:
             call.padding = bytes(chance.randrange(self._plan.padding_bytes_max))
         self._calls.append(call)
-        seen = self._witness.seen(group.id)
+        seen = self._witness.seen()
         self._caller.begin(call, group, lambda fate: self._ended(call, fate, seen))
         return call
 
-    def _ended(self, call: Call, fate: Fate, seen_before: int) -> None:
+    def _ended(self, call: Call, fate: Fate, seen_before: Mapping[str, int]) -> None:
         call.fate = fate
         call.returned_s = self._schedule.now_s
         workload = self._workload[call.group]
@@ -247,34 +257,42 @@ class PlainCaller:
         chance: random.Random,
         *,
         moves: bool = False,
+        splits: bool = False,
     ) -> None:
-        """`moves`: groups change their members, so that one must ask again who they are."""
+        """`moves`: groups change their members, so that one must ask again who they are. `splits`:
+        and not all keys of a group are with the same ones."""
         self._moves = moves
+        self._splits = splits
         self._servers = servers
         self._schedule = schedule
         self._chance = chance
-        self._leader: dict[str, str] = {}
-        self._members: dict[str, tuple[str, ...]] = {}
+        self._leader: dict[tuple[str, str], str] = {}
+        self._members: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def begin(self, call: Call, group: GroupSpec, ended: Callable[[Fate], None]) -> None:
         self._attempt(call, group, ended, self._choose(call, group, None))
 
     def _choose(self, call: Call, group: GroupSpec, hint: str | None) -> str:
-        members = self._members.get(group.id, group.members)
+        place = self._place(call)
+        members = self._members.get(place, group.members)
         if hint in members:
             return str(hint)
-        believed = self._leader.get(group.id)
+        believed = self._leader.get(place)
         if call.kind is not Kind.READ and believed is not None and self._chance.random() < 0.9:
             return believed
         return self._chance.choice(members)
 
-    def _learn(self, group: GroupSpec, node: str, outcome: AgentMemError) -> None:
+    def _place(self, call: Call) -> tuple[str, str]:
+        """Of what it remembers who has it."""
+        return call.group, call.key if self._splits else ""
+
+    def _learn(self, call: Call, node: str, outcome: AgentMemError) -> None:
         """Whoever refuses for being the wrong one is asked who has it; of the dead, any other."""
         if not isinstance(outcome, WrongShard):
             node = self._chance.choice(sorted(self._servers))
-        members = self._servers[node].members_of(group.id)
+        members = self._servers[node].members_of(call.group, call.key)
         if members:
-            self._members[group.id] = members
+            self._members[self._place(call)] = members
 
     def _attempt(
         self, call: Call, group: GroupSpec, ended: Callable[[Fate], None], node: str
@@ -288,7 +306,7 @@ class PlainCaller:
                 return
             over = True
             call.uncertain |= not certain
-            self._leader.pop(group.id, None)
+            self._leader.pop(self._place(call), None)
             if self._schedule.now_s - call.invoked_s > CALL_S:
                 ended(Fate.UNKNOWN if call.uncertain else Fate.REFUSED)
                 return
@@ -298,18 +316,18 @@ class PlainCaller:
                 lambda: self._attempt(call, group, ended, following),
             )
 
-        def written(outcome: Applied | AgentMemError, certain: bool) -> None:
+        def written(outcome: Written | AgentMemError, certain: bool) -> None:
             if call.fate is not Fate.PENDING:
                 return
             if isinstance(outcome, AgentMemError):
                 hint = outcome.leader if isinstance(outcome, NotLeader) else None
                 if self._moves and not isinstance(outcome, NotLeader):
-                    self._learn(group, node, outcome)
+                    self._learn(call, node, outcome)
                 again(hint, certain=certain)
                 return
-            effect: Effect = outcome.result
-            call.ok, call.result, call.index = effect.ok, effect.value, outcome.index
-            self._leader[group.id] = node
+            effect, call.index, call.shard = outcome
+            call.ok, call.result = effect.ok, effect.value
+            self._leader[self._place(call)] = node
             ended(Fate.ANSWERED)
 
         def was_read(outcome: Seen | AgentMemError) -> None:
@@ -317,10 +335,11 @@ class PlainCaller:
                 return
             if isinstance(outcome, AgentMemError):
                 if self._moves:
-                    self._learn(group, node, outcome)
+                    self._learn(call, node, outcome)
                 again(None, certain=True)
                 return
-            call.ok, call.result, call.index = True, outcome.value, outcome.applied_index
+            call.ok = True
+            call.result, call.index, call.shard = outcome
             ended(Fate.ANSWERED)
 
         def send() -> None:

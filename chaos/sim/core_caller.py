@@ -57,7 +57,7 @@ class CoreCaller:
             method="GET" if is_read else "PATCH",
             path=f"{ASK_PATH}{group.id}/{call.key}",
             read=lambda body: body,
-            route=ToOwner(self._web.owner_of(group.id)),
+            route=ToOwner(self._web.owner_of(group.id, call.key)),
             body=body_of(group.id, call.command()),
             idempotency_key=None if is_read else call.request,
         )
@@ -166,14 +166,14 @@ class _Run:
     def _answered(self, answer: Answer) -> None:
         call = self._call
         call.ok, call.result = bool(answer.get("ok", True)), hashable(answer["value"])
-        call.index = answer["index"]
+        call.index, call.shard = answer["index"], answer["shard"]
         self._ended(Fate.ANSWERED)
 
     def _failed(self, step: Fail) -> None:
         error, call = step.error, self._call
         if isinstance(error, NotFound) and call.kind is Kind.READ:
             call.ok, call.result = True, None
-            call.index = error.details["index"]
+            call.index, call.shard = error.details["index"], error.details["shard"]
             self._ended(Fate.ANSWERED)
         elif error.outcome_unknown:
             self._ended(Fate.UNKNOWN)

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgpack
@@ -62,6 +62,8 @@ class Judge:
         self._next_index: dict[tuple[str, str], int] = {}  # of a node's replica
         self._effect_at: dict[tuple[str, str], int] = {}
         self._leader_of: dict[tuple[str, int, int], str] = {}
+        # Of which group a shard is all, or a part: a request takes effect once in all of them.
+        self.group_of: Callable[[str], str] = lambda shard: shard
         self.elections = 0
 
     def accuse(self, rule: str, what: str) -> None:
@@ -112,7 +114,8 @@ class Judge:
                     f"{first.first_node} and {node} differ after {group}/{entry.index}",
                 )
         if effect.fresh:
-            index = self._effect_at.setdefault((group, effect.request), entry.index)
+            where = (self.group_of(group), effect.request)
+            index = self._effect_at.setdefault(where, entry.index)
             if index != entry.index:
                 self.accuse(
                     "exactly once",
@@ -155,7 +158,7 @@ class Judge:
     def history(
         self,
         calls: list[Call],
-        ledgers: Mapping[str, Ledger],
+        ledger_of: Callable[[Call], Ledger],
         end_s: float,
     ) -> list[Operation]:
         """The calls as operations, with unknown outcomes settled by the converged ledgers.
@@ -173,7 +176,7 @@ class Judge:
                 operations.append(call.as_operation(key, call.returned_s, call.ok, call.result))
             if call.kind is Kind.READ:
                 continue
-            kept = ledgers[call.group](call.request)
+            kept = ledger_of(call)(call.request)
             if answered and kept is None:
                 self.accuse("acknowledged writes survive", f"{call} is in no ledger")
             elif answered and kept != (call.ok, call.result):

@@ -18,6 +18,7 @@ import msgpack
 from agentmem_cluster.epochs.commands import EpochState, Sealed, decode
 from agentmem_cluster.errors import DiskFull
 from agentmem_cluster.raft.api import Entry
+from agentmem_node.storage.restrict import digest_of_part
 
 
 class Command(NamedTuple):
@@ -91,6 +92,22 @@ class Replica(Protocol):
         ...
 
 
+class Divisible(Replica, Protocol):
+    """What can be split: all but the meta group."""
+
+    def trim(self, slots: tuple[int, int]) -> None:
+        """Of a copy that is to be a part: be rid of what it can be rid of already."""
+        ...
+
+    def restrict(self, slots: tuple[int, int]) -> None:
+        """Be the part with slots [first, end) from here on."""
+        ...
+
+    def strays(self, slots: tuple[int, int]) -> int:
+        """How much is stored here with other slots."""
+        ...
+
+
 class ReplicaStore(Protocol):
     """Where a replica's state lives between two processes: page cache and platter."""
 
@@ -150,6 +167,7 @@ class MachineStore:
     cached: MachineState = field(default_factory=MachineState)
     durable: MachineState = field(default_factory=MachineState)
     is_full: Callable[[], bool] = lambda: False
+    slot_of: Callable[[str], int] = lambda key: 0
 
     @property
     def durable_index(self) -> int:
@@ -174,6 +192,7 @@ class CheckpointJob:
         self._store = store
         self._state = state
         self.index = state.applied_index
+        self.digest = state.digest
 
     def run(self) -> None:
         # A copy of its own: a power loss hands `durable` to the next process, which changes it.
@@ -188,7 +207,7 @@ class RegisterMachine:
     def __init__(self, store: MachineStore, observe: Observer) -> None:
         self._store = store
         self._observe = observe
-        self._durable_index = store.durable.applied_index
+        self._durable = (store.durable.applied_index, store.durable.digest)
 
     @property
     def applied_index(self) -> int:
@@ -196,7 +215,7 @@ class RegisterMachine:
 
     @property
     def durable_index(self) -> int:
-        return self._durable_index
+        return self._durable[0]
 
     @property
     def epoch_state(self) -> EpochState:
@@ -246,6 +265,22 @@ class RegisterMachine:
         state.ledger[command.request] = (ok, value if ok else current)
         return Effect(ok, value if ok else current, True, command.request)
 
+    def trim(self, slots: tuple[int, int]) -> None:
+        pass  # what commands come to depends on all of it
+
+    def restrict(self, slots: tuple[int, int]) -> None:
+        state, slot_of = self._store.cached, self._store.slot_of
+        state.registers = {
+            key: value
+            for key, value in state.registers.items()
+            if slots[0] <= slot_of(key) < slots[1]
+        }
+        state.digest = digest_of_part(state.digest, *slots)
+
+    def strays(self, slots: tuple[int, int]) -> int:
+        slots_of_keys = map(self._store.slot_of, self._store.cached.registers)
+        return sum(not slots[0] <= slot < slots[1] for slot in slots_of_keys)
+
     def encode(self, command: Command, at_ms: int) -> bytes:
         return command.encode()
 
@@ -261,12 +296,13 @@ class RegisterMachine:
         return hashlib.blake2b(rows.encode(), digest_size=16).digest()
 
     def checkpoint(self) -> CheckpointJob | None:
-        if self.applied_index == self._durable_index:
-            return None
+        if (self.applied_index, self.digest()) == self._durable:
+            return None  # what a split leaves has another digest at the same entry
         return CheckpointJob(self._store, self._store.cached.copy())
 
     def checkpoint_done(self, job: Any) -> None:
-        self._durable_index = max(self._durable_index, job.index)
+        if job.index >= self._durable[0]:
+            self._durable = (job.index, job.digest)
 
     def digest(self) -> bytes:
         return self._store.cached.digest

@@ -8,6 +8,7 @@ of the meta group carries out what the real `Conductor` says.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from agentmem_chaos.sim.link import Refused, Reply, SimLink
@@ -34,6 +35,7 @@ from agentmem_cluster.raft.api import GROUP_META, Applied
 from agentmem_cluster.raft.core import NodeCore
 from agentmem_cluster.runtime import Disk
 from agentmem_cluster.shardmap import ShardMap
+from agentmem_cluster.splitting import split_ranges
 from agentmem_node.service.admission import admit
 from agentmem_node.service.view import MetaGroup, View, load_view, save_view
 
@@ -409,6 +411,16 @@ class SimMembership:
             (target,),
             fresh=fresh,
         )
+
+    def split(self, shard: str) -> Change:
+        """To make two of `shard`, on the members that it has."""
+        assert self.view is not None
+        cut = split_ranges(self.view.map, shard)
+        change = self.change(shard, self.view.map.shards[shard].members)
+        (whole,) = change.targets
+        parts = ((cut.shard, cut.kept_slots), (cut.new_shard, cut.new_slots))
+        targets = [replace(whole, id=i, slot_start=s[0], slot_end=s[1]) for i, s in parts]
+        return replace(change, targets=tuple(targets))
 
 
 class _Conducted:

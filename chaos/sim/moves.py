@@ -5,19 +5,23 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+from agentmem_chaos.sim.membership import SimMembership
 from agentmem_chaos.sim.moving_node import MovingNode
 from agentmem_chaos.sim.node import SimNode
+from agentmem_chaos.sim.places import Places
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.meta import MetaState
 from agentmem_cluster.raft.api import GroupSpec
 
 MEMBERS = 3
+SHARDS_MAX = 5
 AWAY_S = (0.2, 3.0)
 
 
 class Moves:
-    def __init__(self, nodes: Sequence[SimNode]) -> None:
+    def __init__(self, nodes: Sequence[SimNode], places: Places) -> None:
+        self._places = places
         self._nodes = [node for node in nodes if isinstance(node, MovingNode)]
 
     def move(self, chance: random.Random, lasts_s: float) -> str | None:
@@ -29,14 +33,35 @@ class Moves:
     def reseed(self, chance: random.Random, lasts_s: float) -> str | None:
         return self._begin(chance, None)
 
-    def _begin(self, chance: random.Random, members: tuple[str, ...] | None) -> str | None:
-        """Ask the node that leads the meta group, as an operator's command would."""
-        leader = next(
-            (n for n in self._nodes if n.membership is not None and n.membership.leads), None
-        )
-        if leader is None or leader.paused or leader.membership is None:
+    def split(self, chance: random.Random, lasts_s: float) -> str | None:
+        """In the middle, unless all its keys have one and the same slot."""
+        membership = self._leader()
+        if membership is None:
             return None
-        view = leader.membership.view
+        view = membership.view
+        assert view is not None
+        if len(view.map.shards) >= SHARDS_MAX:
+            return None
+        shard = chance.choice(sorted(view.map.shards))
+        info = view.map.shards[shard]
+        least = 2 * self._places.bucket_slots(self._places.group_of(shard))
+        if shard in view.changes or info.slot_end - info.slot_start < least:
+            return None
+        change = membership.split(shard)
+        membership.begin(change, lambda _: None)
+        return f"{shard} is to be {' and '.join(target.id for target in change.targets)}"
+
+    def _leader(self) -> SimMembership | None:
+        """Of the meta group: it is asked as by an operator's command."""
+        leaders = (n for n in self._nodes if n.membership is not None and n.membership.leads)
+        leader = next(leaders, None)
+        return None if leader is None or leader.paused else leader.membership
+
+    def _begin(self, chance: random.Random, members: tuple[str, ...] | None) -> str | None:
+        membership = self._leader()
+        if membership is None:
+            return None
+        view = membership.view
         assert view is not None
         shard = chance.choice(sorted(view.map.shards))
         if shard in view.changes:
@@ -45,7 +70,7 @@ class Moves:
         if members is None:
             members = view.map.shards[shard].members
             fresh = (chance.choice(members),)
-        leader.membership.begin(leader.membership.change(shard, members, fresh), lambda _: None)
+        membership.begin(membership.change(shard, members, fresh), lambda _: None)
         return f"{shard} is to be on {', '.join(members)}" + (f", {fresh} anew" if fresh else "")
 
     def lose_disk(self, chance: random.Random, lasts_s: float) -> str | None:

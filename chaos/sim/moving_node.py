@@ -8,10 +8,11 @@ from typing import Any
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.epochs import EpochJudge
 from agentmem_chaos.sim.link import SimLink
-from agentmem_chaos.sim.machine import Effect, MachineStore, Replica, ReplicaStore
+from agentmem_chaos.sim.machine import Divisible, Effect, MachineStore, ReplicaStore
 from agentmem_chaos.sim.membership import SimMembership
 from agentmem_chaos.sim.meta_machine import MetaReplica, MetaStore
 from agentmem_chaos.sim.node import HANDOFF_S, SimNode
+from agentmem_chaos.sim.places import Place
 from agentmem_chaos.sim.replicas import SimReplicas
 from agentmem_chaos.sim.schedule import SimRng, stream
 from agentmem_chaos.sim.shard_store import ShardStore
@@ -44,6 +45,7 @@ class MovingNode(SimNode):
         self._link: SimLink | None = None
         self._shard_of: dict[str, str] = {}
         self._served: dict[str, Served] = {}
+        self._wholes: dict[str, str] = {}  # whose log a copy applies, by folder, if another's
         self._lost: set[tuple[str, int]] = set()
         self.lost_index: dict[str, int] = {}  # what the disks that it lost had of a group
         self._is_founder = self.name in voters
@@ -101,7 +103,7 @@ class MovingNode(SimNode):
             if self._judge.applied(self.name, META_FOLDER, GROUP_META, entry, effect, digest):
                 self._auditor().committed(spec, entry.index, entry.term)
             for change in machine.inner.state.changes.values():
-                self.epochs.begun_changes.add(change.id)
+                self.epochs.begun(change)
                 if change.base is not None:
                     self.epochs.founded(change)
 
@@ -120,12 +122,15 @@ class MovingNode(SimNode):
         return died
 
     def _forget(self) -> None:
+        self._wholes.clear()
         self.groups.clear()
         self._served.clear()
         self.replicas = self.membership = self._link = None
 
     def lose_disk(self, why: str) -> None:
         """The machine comes back with an empty disk, and remembers nothing."""
+        # A folder keeps its name when its shard's members stay: the record knows the epoch.
+        self._lost |= {(group, held.epoch) for group, held in self._record.held.items()}
         for folder, group in self._shard_of.items():
             epoch = 1 if group == GROUP_META else int(folder.rpartition("-e")[2])
             self._lost.add((group, epoch))
@@ -170,22 +175,30 @@ class MovingNode(SimNode):
             )
         return store
 
-    def open_state(self, shard: str, folder: str) -> Replica:
+    def follows(self, folder: str, whole: str | None) -> None:
+        """The copy in this folder is to be a part, and applies the log of `whole`; until None."""
+        if whole is None:
+            self._wholes.pop(folder, None)
+        else:
+            self._wholes[folder] = whole
+
+    def open_state(self, shard: str, folder: str) -> Divisible:
         def observe(entry: Entry, effect: Effect, digest: bytes | None) -> None:
-            spec = self.groups.get(shard)
+            log = self._wholes.get(folder, shard)
+            spec = self.groups.get(log)
             if (
-                self._judge.applied(self.name, folder, shard, entry, effect, digest)
+                self._judge.applied(self.name, folder, log, entry, effect, digest)
                 and spec is not None
             ):
                 self._auditor().committed(spec, entry.index, entry.term)
             control = decode(entry.command)
             if isinstance(control, Seal) and effect.ok:
-                self.epochs.sealed(shard, control.epoch, entry.index)
+                self.epochs.sealed(log, control.epoch, entry.index)
             elif isinstance(control, Begin) and effect.ok:
-                self.epochs.began(shard, control.epoch)
+                self.epochs.began(log, control.epoch)
 
         store = self.store_of(shard, folder)
-        machine: Replica
+        machine: Divisible
         if isinstance(store, ShardStore):
             machine = self._parts.make_shard(store, observe)
         else:
@@ -227,12 +240,20 @@ class MovingNode(SimNode):
         self.groups.pop(shard, None)
         self.machines.pop(shard, None)
 
-    def map_of_shards(self) -> tuple[int, tuple[GroupSpec, ...]]:
+    def map_of_shards(self) -> tuple[int, tuple[Place, ...]]:
         view = None if self.membership is None else self.membership.view
         if view is None:
             return 0, ()
-        shards = view.map.shards.values()
-        return view.map.version, tuple(GroupSpec(s.id, s.epoch, s.members) for s in shards)
+        return view.map.version, tuple(
+            Place(s.id, s.epoch, s.members, (s.slot_start, s.slot_end))
+            for s in view.map.shards.values()
+        )
+
+    def shard_of(self, group: str, key: str) -> str:
+        view = None if self.membership is None else self.membership.view
+        if view is None:
+            return group
+        return view.map.shard_of_slot(self.places.slot(group, key)).id
 
     def acknowledged(self, spec: GroupSpec, index: int) -> None:
         self.epochs.acknowledged(spec.id, spec.epoch, index, self.name)

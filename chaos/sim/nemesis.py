@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from agentmem_chaos.sim.moves import Moves
 from agentmem_chaos.sim.net import Pair, SimNet
 from agentmem_chaos.sim.node import SimNode
+from agentmem_chaos.sim.places import Places
 from agentmem_chaos.sim.plan import Fault, WorldPlan
 from agentmem_chaos.sim.schedule import Schedule, stream
 from agentmem_chaos.sim.story import Story
@@ -38,6 +39,7 @@ class Nemesis:
         net: SimNet,
         schedule: Schedule,
         story: Story,
+        places: Places,
     ) -> None:
         self._plan = plan
         self._nodes = list(nodes.values())
@@ -46,7 +48,7 @@ class Nemesis:
         self._story = story
         self._active = True
         self.faults = 0
-        self._moves = Moves(self._nodes)
+        self._moves = Moves(self._nodes, places)
         self._acts: dict[Fault, Callable[[random.Random, float], str | None]] = {
             Fault.KILL: self._kill,
             Fault.KILL_MANY: self._kill_many,
@@ -66,6 +68,7 @@ class Nemesis:
             Fault.MOVE: self._moves.move,
             Fault.RESEED: self._moves.reseed,
             Fault.LOSE_DISK: self._moves.lose_disk,
+            Fault.SPLIT: self._moves.split,
         }
 
     def start(self) -> None:

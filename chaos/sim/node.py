@@ -21,6 +21,7 @@ from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.machine import Command, Effect, MachineStore, Replica, ReplicaStore
 from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.parts import Parts, settings
+from agentmem_chaos.sim.places import Place, Places
 from agentmem_chaos.sim.plan import Engine, WorldPlan
 from agentmem_chaos.sim.schedule import Schedule, SimClock, SimRng, stream
 from agentmem_chaos.sim.shard_store import ShardStore
@@ -49,8 +50,10 @@ class SimNode:
         story: Story,
         auditor: Callable[[], Auditor],
         folder: Path,
+        places: Places,
     ) -> None:
         self.name = name
+        self.places = places
         self.folder = folder
         self.plan = plan
         self.groups = {spec.id: spec for spec in plan.groups if name in spec.members}
@@ -137,13 +140,17 @@ class SimNode:
         return False
 
     def _make_store(self, spec: GroupSpec) -> ReplicaStore:
+        def slot_of(key: str) -> int:
+            return self.places.slot(self.places.group_of(spec.id), key)
+
         if self.plan.engine_of(spec.id) is Engine.REGISTERS:
-            return MachineStore(is_full=self._state_is_full)
+            return MachineStore(is_full=self._state_is_full, slot_of=slot_of)
         return ShardStore(
             self.folder / f"{spec.id}-{spec.epoch}",
             spec.id,
             stream(self.plan.seed, f"store/{self.name}/{spec.id}/{spec.epoch}"),
             self._state_is_full,
+            slot_of,
         )
 
     def _state_is_full(self) -> bool:
@@ -218,12 +225,19 @@ class SimNode:
         for store in self.stores.values():
             store.close()
 
-    def map_of_shards(self) -> tuple[int, tuple[GroupSpec, ...]]:
-        """Its version, and who has which group, as far as is known here."""
-        return 1, self.plan.groups
+    def map_of_shards(self) -> tuple[int, tuple[Place, ...]]:
+        """Its version, and who has which shard, as far as is known here."""
+        return 1, tuple(
+            Place(spec.id, spec.epoch, spec.members, self.places.range_of(spec.id))
+            for spec in self.plan.asked
+        )
 
-    def members_of(self, group: str) -> tuple[str, ...]:
-        return next((s.members for s in self.map_of_shards()[1] if s.id == group), ())
+    def shard_of(self, group: str, key: str) -> str:
+        """Which shard of a group has a key, as far as is known here."""
+        return group
+
+    def members_of(self, shard: str) -> tuple[str, ...]:
+        return next((s.members for s in self.map_of_shards()[1] if s.id == shard), ())
 
     def acknowledged(self, spec: GroupSpec, index: int) -> None:
         """A command that was proposed here took effect."""

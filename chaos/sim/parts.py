@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from agentmem_chaos.sim.disk import SimDisk
-from agentmem_chaos.sim.machine import MachineStore, Observer, RegisterMachine, Replica
+from agentmem_chaos.sim.machine import Divisible, MachineStore, Observer, RegisterMachine
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.shard_machine import ShardMachine
 from agentmem_chaos.sim.shard_store import ShardStore
@@ -26,7 +26,7 @@ class Parts:
     open_journal: Callable[[SimDisk, WorldPlan], Journal] = open_journal
     make_core: Callable[..., NodeCore] = NodeCore
     make_machine: Callable[[MachineStore, Observer], RegisterMachine] = RegisterMachine
-    make_shard: Callable[[ShardStore, Observer], Replica] = ShardMachine
+    make_shard: Callable[[ShardStore, Observer], Divisible] = ShardMachine
     syncs_before_it_speaks: bool = True
     confirms_reads: bool = True
 

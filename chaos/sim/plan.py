@@ -57,6 +57,7 @@ class Fault(Enum):
     MOVE = "a shard is given to other nodes"
     RESEED = "a replica is copied anew"
     LOSE_DISK = "a disk is lost"
+    SPLIT = "a shard is split in two"
 
 
 # Virtual seconds between two faults of a kind, where a world has it: drawn log-uniformly.
@@ -82,6 +83,7 @@ MOVES_EVERY_S: dict[Fault, tuple[float, float]] = {
     Fault.MOVE: (1.5, 8.0),
     Fault.RESEED: (4.0, 20.0),
     Fault.LOSE_DISK: (6.0, 30.0),
+    Fault.SPLIT: (4.0, 20.0),
 }
 
 

@@ -38,7 +38,7 @@ from agentmem_cluster.raft.matching import Accepted, Refused, reconcile
 from agentmem_cluster.raft.readindex import ReadIndex
 from agentmem_cluster.raft.voice import Voice
 from agentmem_node.service.admission import admit
-from agentmem_node.storage import environment
+from agentmem_node.storage import environment, restrict
 from agentmem_node.storage.ledger import Ledger
 
 CRASHES = {Fault.KILL: 3.0, Fault.POWER_LOSS: 3.0, Fault.POWER_LOSS_ALL: 6.0}
@@ -48,6 +48,7 @@ STALLS = {Fault.BREAK_SESSION: 0.5, Fault.SLOW_DISK: 4.0, Fault.KILL: 2.0}
 DEPOSED = {Fault.CUT_LEADER: 2.0, Fault.CLOCK_RATE: 2.0}
 WORLDS_MAX = 15
 SAVE = LocalRecord.save
+REMOVE = restrict._remove
 
 
 @dataclass(frozen=True)
@@ -347,6 +348,22 @@ def _certainly_not_done() -> Iterator[None]:
         yield
 
 
+def _without_versions(
+    store: Any, outside: Any, names: Any, key: bytes, doc: int, deleted: int
+) -> None:
+    """What is removed ahead is remembered, but as if it had never been changed."""
+    REMOVE(store, outside, names, key, doc, deleted)
+    outside.known[key] = outside.known[key]._replace(version=1)
+
+
+def _leaving_ids(store: Any, outside: Any, names: Any, key: bytes, doc: int, deleted: int) -> None:
+    """All of a memory is removed, but not what leads to it."""
+    txn, ids = store.env.txn, store.env.db["ids"]
+    row = txn.get(key, db=ids)
+    REMOVE(store, outside, names, key, doc, deleted)
+    txn.put(key, row, db=ids)
+
+
 @contextmanager
 def _patched(*patches: AbstractContextManager[Any]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -387,6 +404,11 @@ MOVING = Worlds(
     nodes=4,
     seconds=50.0,
     moves=True,
+)
+SPLITTING = dataclasses.replace(
+    MOVING,
+    engine=Engine.SHARD,
+    faults={Fault.SPLIT: 4.0, Fault.MOVE: 4.0, Fault.KILL: 8.0, Fault.BREAK_SESSION: 4.0},
 )
 LOSING = dataclasses.replace(MOVING, faults={Fault.MOVE: 2.0, Fault.LOSE_DISK: 4.0})
 
@@ -625,6 +647,20 @@ PLANTS: tuple[Plant, ...] = (
         dataclasses.replace(LOSING, faults={Fault.LOSE_DISK: 1.0, Fault.CUT_LEADER: 1.0}),
         planted=lambda: patch.object(membership, "admit", _admitted_when_unknown),
         worlds_max=40,
+    ),
+    Plant(
+        "splits",
+        "a part forgets versions of what it was rid of ahead",
+        _rules("equal digests", "base is the final state"),
+        SPLITTING,
+        planted=lambda: patch.object(restrict, "_remove", _without_versions),
+    ),
+    Plant(
+        "splits",
+        "a part keeps what is the other's",
+        _rules("a part has its own"),
+        SPLITTING,
+        planted=lambda: patch.object(restrict, "_remove", _leaving_ids),
     ),
     Plant(
         "epochs",

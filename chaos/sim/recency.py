@@ -6,6 +6,8 @@ a read that shows the state at an index before one that somebody had an answer f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from agentmem_chaos.checker import Kind
 from agentmem_chaos.sim.clients import Call
 from agentmem_chaos.sim.judge import Judge
@@ -16,16 +18,17 @@ class Recency:
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
-        self._seen: dict[str, int] = {}  # the latest index that any client of a group was shown
+        self._seen: dict[str, int] = {}  # the latest index of a shard that any client was shown
 
-    def seen(self, group: str) -> int:
-        return self._seen.get(group, 0)
+    def seen(self) -> Mapping[str, int]:
+        return dict(self._seen)
 
-    def answered(self, call: Call, seen_before: int) -> None:
+    def answered(self, call: Call, seen_before: Mapping[str, int]) -> None:
         """`seen_before`: what `seen` was when the call was made."""
-        if call.kind is Kind.READ and call.index < seen_before:
+        before = seen_before.get(call.shard, 0)
+        if call.kind is Kind.READ and call.index < before:
             self._judge.accuse(
                 "stale reads",
-                f"{call} shows {call.group} at {call.index}, after {seen_before} was answered",
+                f"{call} shows {call.shard} at {call.index}, after {before} was answered",
             )
-        self._seen[call.group] = max(self.seen(call.group), call.index)
+        self._seen[call.shard] = max(self._seen.get(call.shard, 0), call.index)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from agentmem_chaos.sim.copies import Snapshot, install, open_snapshot
 from agentmem_chaos.sim.link import Refused, Reply, SimLink
-from agentmem_chaos.sim.machine import Replica, ReplicaStore
+from agentmem_chaos.sim.machine import Divisible, ReplicaStore
 from agentmem_cluster.epochs import fence
 from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.epochs.commands import Begin, Seal, encode
@@ -50,7 +50,7 @@ class Home(Protocol):
 
     name: str
 
-    def open_state(self, shard: str, folder: str) -> Replica: ...
+    def open_state(self, shard: str, folder: str) -> Divisible: ...
     def close_state(self, folder: str) -> None: ...
     def store_of(self, shard: str, folder: str) -> ReplicaStore: ...
     def drop_store(self, folder: str) -> None: ...
@@ -61,6 +61,7 @@ class Home(Protocol):
 
     def now_s(self) -> float: ...
     def tell(self, what: str) -> None: ...
+    def follows(self, folder: str, whole: str | None) -> None: ...
     def served(self, served: Served) -> None: ...
     def gone(self, shard: str) -> None: ...
     def run(self, step: Callable[[NodeCore], Any]) -> Any: ...
@@ -428,6 +429,7 @@ class SimReplicas:
         if staged.machine is not None:
             self._tail(copy)
             return
+        self._home.follows(staged.folder, shard if self._is_part(staged) else None)
         # What an attempt that was of no use left there, perhaps before a crash.
         self._home.store_of(staged.info.id, staged.folder)
         self._home.drop_store(staged.folder)
@@ -479,11 +481,18 @@ class SimReplicas:
             state = self._home.open_state(staged.info.id, staged.folder)
             staged.machine = EpochMachine(state, staged.follows)
             staged.last_term = opened["term"]
+            if (
+                self._is_part(staged)
+                and self._home.pick(["ahead", "ahead", "at the end"]) == "ahead"
+            ):
+                state.trim(_slots(staged))
             self._tail(copy)
 
-        self._home.after_sync(
-            lambda: install(store, opened["head"], copy.chunks, opened["index"]), whole
-        )
+        def put() -> None:
+            if not copy.over:  # another may stand in its place
+                install(store, opened["head"], copy.chunks, opened["index"])
+
+        self._home.after_sync(put, whole)
 
     def _took(self, copy: _Copy, data: bytes) -> None:
         copy.chunks.append(data)
@@ -510,6 +519,11 @@ class SimReplicas:
                 self._fail(copy, error)
                 return
         if machine.is_sealed and staged.follows < staged.info.epoch:
+            if self._is_part(staged) and not staged.is_restricted:
+                state: Any = machine.inner
+                state.restrict(_slots(staged))
+                self._home.follows(staged.folder, None)
+                staged.is_restricted = True
             self._make_durable(copy, machine, lambda: self._complete(copy))
             return
         if answer["applied"] - machine.inner.applied_index > 0 and entries:
@@ -577,11 +591,20 @@ class SimReplicas:
             if staged.machine is not None:
                 self._home.close_state(staged.folder)
                 staged.machine = None
+                staged.is_restricted = False
             self._home.drop_store(staged.folder)
         if not staged.change_id:
             del self.set.staged[staged.info.id]  # so that it is wanted again
+
+    def _is_part(self, staged: Staged) -> bool:
+        changes = self.set.changes.values()
+        return any(change.id == staged.change_id and change.is_split for change in changes)
 
     def _end(self, copy: _Copy) -> None:
         copy.over = True
         if self._copies.get(copy.staged.info.id) is copy:
             del self._copies[copy.staged.info.id]
+
+
+def _slots(staged: Staged) -> tuple[int, int]:
+    return staged.info.slot_start, staged.info.slot_end

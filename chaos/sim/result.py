@@ -27,6 +27,7 @@ class WorldResult:
     left_behind: int = 0  # replicas that lack what no log has any more
     has_moves: bool = False
     moves: int = 0  # epochs that began
+    splits: int = 0
     pauses_s: list[float] = field(default_factory=list)  # of writes, at each
     events: int = 0
     bursts: int = 0

@@ -16,10 +16,12 @@ import msgspec
 
 from agentmem_chaos.checker import GONE, Kind
 from agentmem_chaos.sim.machine import Command, Effect, Observer, Outcome
+from agentmem_chaos.sim.places import TENANT
 from agentmem_chaos.sim.shard_store import DIM, ShardStore
 from agentmem_cluster.epochs.commands import EpochState, Sealed, is_control
 from agentmem_cluster.errors import DiskFull
 from agentmem_cluster.raft.api import Entry
+from agentmem_cluster.ring import slot_of_id
 from agentmem_node.engine.shard import Shard
 from agentmem_node.model.commands import (
     REQUEST_ID_BYTES,
@@ -39,7 +41,6 @@ from agentmem_node.model.memory import Memory
 from agentmem_node.model.records import decode_memory
 from agentmem_node.model.times import format_ms
 
-TENANT = "acme"
 # All that is stored is compared at these indexes. Batches end there, so that every replica stops.
 COMPARED_EVERY = 100
 ONE_BY_ONE_CHANCE = 0.7
@@ -52,6 +53,7 @@ class ShardMachine:
         self._store = store
         self._observe = observe
         self._shard: Shard = store.open()
+        self._is_trimmed = False
 
     @property
     def applied_index(self) -> int:
@@ -93,13 +95,28 @@ class ShardMachine:
         if part:
             yield part
 
-    def _compared(self, entry: Entry) -> bytes:
+    def _compared(self, entry: Entry) -> bytes | None:
         digest = self._shard.digest()
         whole = entry.index % COMPARED_EVERY == 0 or is_control(entry.command)
+        if whole and self._is_trimmed:
+            return None  # its rows are a part's, its digest the whole's
         return digest + self.contents() if whole else digest
 
+    def trim(self, slots: tuple[int, int]) -> None:
+        for _ in self._shard.trim(*slots):
+            self._store.applied()
+        self._is_trimmed = True
+
+    def restrict(self, slots: tuple[int, int]) -> None:
+        for _ in self._shard.restrict(*slots):
+            self._store.applied()
+        self._is_trimmed = False
+
+    def strays(self, slots: tuple[int, int]) -> int:
+        return sum(not slots[0] <= slot_of_id(one) < slots[1] for one in self._store.ids())
+
     def encode(self, command: Command, at_ms: int) -> bytes:
-        key = id_of(command.key)
+        key = self._id_of(command.key)
         op: Op
         if command.kind == Kind.DELETE.value:
             op = Delete(key, None if command.expected is None else command.expected[0])
@@ -116,7 +133,7 @@ class ShardMachine:
 
     def read(self, key: str) -> Hashable:
         """(version, content), None where nothing was ever, `GONE` after a delete."""
-        memory_id = id_of(key)
+        memory_id = self._id_of(key)
         stored = self._shard.get(TENANT, memory_id)
         if stored is None:
             return GONE if self._shard.history(TENANT, memory_id, limit=1) else None
@@ -124,6 +141,9 @@ class ShardMachine:
         if memory is None or memory.version != stored.version:
             return ("damaged", stored.version)
         return (stored.version, int(memory.content.split()[0]))
+
+    def _id_of(self, key: str) -> bytes:
+        return id_of(key, self._store.slot_of(key))
 
     def outcome(self, request: str) -> Outcome | None:
         kept = self._shard.ledger_lookup(TENANT, _request_id(request))
@@ -156,12 +176,19 @@ def effect_of(command: bytes, result: Any) -> Effect:
         return Effect(not isinstance(result, Sealed), None, False)
     if not isinstance(result, WriteResult):
         raise RefusedByShard(f"{describe(command)}: {result!r}")
+    if not result.outcomes:  # answered again, of a memory that a trimmed copy is rid of
+        return Effect(False, None, not result.replayed, request_of(command))
     outcome = result.outcomes[0]
     return Effect(outcome.status == "ok", outcome.version, not result.replayed, request_of(command))
 
 
-def id_of(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=16).digest()
+def id_of(key: str, slot: int) -> bytes:
+    """A memory id of that slot (`agentmem_cluster.ring.slot_of_id`)."""
+    made = bytearray(hashlib.blake2b(key.encode(), digest_size=16).digest())
+    made[6] = made[6] & 0xF0 | slot >> 10
+    made[7] = slot >> 2 & 0xFF
+    made[8] = made[8] & 0xCF | (slot & 0b11) << 4
+    return bytes(made)
 
 
 def _request_id(request: str) -> bytes:

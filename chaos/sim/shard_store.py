@@ -16,6 +16,7 @@ from typing import Any
 from agentmem_node.engine.shard import Shard
 from agentmem_node.storage.checkpoint import DATA_NAME
 from agentmem_node.storage.environment import CheckpointJob
+from agentmem_node.storage.layout import U32
 from agentmem_node.storage.snapshot import SnapshotWriter, StorageSnapshot, discard
 from agentmem_node.storage.store import Store
 
@@ -53,9 +54,12 @@ class ShardStore:
         shard_id: str,
         chance: random.Random,
         is_full: Callable[[], bool] = lambda: False,
+        slot_of: Callable[[str], int] = lambda key: 0,
     ) -> None:
+        """`slot_of`: of a client's key."""
         self.chance = chance
         self.is_full = is_full
+        self.slot_of = slot_of
         self._folder = folder
         self._id = shard_id
         self._store: Store | None = None
@@ -106,6 +110,12 @@ class ShardStore:
     def remove(self) -> None:
         self.close()
         discard(self._folder)
+
+    def ids(self) -> list[bytes]:
+        """Of all memories, deleted ones too."""
+        assert self._store is not None
+        env = self._store.env
+        return [bytes(key[U32.size :]) for key, _ in env.txn.cursor(db=env.db["ids"])]
 
     def contents(self) -> bytes:
         """A hash of every row."""

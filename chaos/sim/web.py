@@ -13,18 +13,16 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from agentmem_chaos.checker import GONE, Kind
-from agentmem_chaos.sim.clients import Seen
+from agentmem_chaos.sim.clients import Seen, Written
 from agentmem_chaos.sim.machine import Command
 from agentmem_chaos.sim.node import SimNode
+from agentmem_chaos.sim.places import TENANT, Places
 from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.serving import Serving
 from agentmem_client.instructions import Failure, Send
 from agentmem_cluster.errors import AgentMemError, NotFound, Unavailable
-from agentmem_cluster.raft.api import Applied
-from agentmem_cluster.ring import SLOTS, slot_of
 
-TENANT = "acme"
 CLUSTER_PATH = "/api/v1/cluster"
 READY_PATH = "/health/ready"
 ASK_PATH = "/sim/"
@@ -42,13 +40,14 @@ class Web:
         nodes: Mapping[str, SimNode],
         servers: Mapping[str, Serving],
         schedule: Schedule,
+        places: Places,
     ) -> None:
         self._plan = plan
+        self._places = places
         self._nodes = nodes
         self._servers = servers
         self._schedule = schedule
         self._names = {url_of(name): name for name in nodes}
-        self._owners: dict[str, str] = {}
         self._requests = 0
 
     # -- what a client asks --
@@ -85,16 +84,9 @@ class Web:
 
         self._schedule.after(chance.uniform(*DELAY_S), arrive)
 
-    def owner_of(self, group: str) -> str:
-        """An owner whose memories are in this group."""
-        if group not in self._owners:
-            first, last = self._slots(group)
-            self._owners[group] = next(
-                owner
-                for owner in (f"user:{number}" for number in range(SLOTS))
-                if first <= slot_of(TENANT, owner) <= last
-            )
-        return self._owners[group]
+    def owner_of(self, group: str, key: str) -> str:
+        """An owner whose memories are where that key is."""
+        return self._places.owner(group, key)
 
     # -- what a node answers --
 
@@ -131,17 +123,17 @@ class Web:
             if isinstance(outcome, AgentMemError):
                 refuse(outcome)
             elif outcome.value is None or outcome.value is GONE:
-                gone = NotFound("Nothing is stored there.", index=outcome.applied_index)
-                refuse(gone)
+                index, shard = outcome.applied_index, outcome.shard
+                refuse(NotFound("Nothing is stored there.", index=index, shard=shard))
             else:
-                answer(200, {}, {"value": outcome.value, "index": outcome.applied_index})
+                answer(200, {}, _answer(True, *outcome))
 
-        def written(outcome: Applied | AgentMemError, certain: bool) -> None:
+        def written(outcome: Written | AgentMemError, certain: bool) -> None:
             if isinstance(outcome, AgentMemError):
                 refuse(outcome)
             else:
-                effect = outcome.result
-                answer(200, {}, {"ok": effect.ok, "value": effect.value, "index": outcome.index})
+                effect, index, shard = outcome
+                answer(200, {}, _answer(effect.ok, effect.value, index, shard))
 
         if asked["kind"] == Kind.READ.value:
             server.read(group, asked["key"], was_read)
@@ -155,21 +147,20 @@ class Web:
         if not believed:
             return None
         shards = {
-            spec.id: {
-                "epoch": spec.epoch,
-                "members": list(spec.members),
-                "leader": None if node.core is None else node.core.leader(spec.id),
-                "slots": [list(self._slots(spec.id))],
+            place.id: {
+                "epoch": place.epoch,
+                "members": list(place.members),
+                "leader": None if node.core is None else node.core.leader(place.id),
+                "slots": [[place.slots[0], place.slots[1] - 1]],
             }
-            for spec in believed
+            for place in believed
         }
         nodes = {name: {"http": url_of(name)} for name in self._plan.nodes}
         return {"version": version, "tenant": TENANT, "nodes": nodes, "shards": shards}
 
-    def _slots(self, group: str) -> tuple[int, int]:
-        ids = [spec.id for spec in self._plan.asked]
-        at, share = ids.index(group), SLOTS // len(ids)
-        return at * share, SLOTS - 1 if at == len(ids) - 1 else (at + 1) * share - 1
+
+def _answer(ok: bool, value: Hashable, index: int, shard: str) -> dict[str, Any]:
+    return {"ok": ok, "value": value, "index": index, "shard": shard}
 
 
 def url_of(node: str) -> str:

@@ -13,13 +13,14 @@ from agentmem_chaos.sim.core_caller import CoreCaller
 from agentmem_chaos.sim.epochs import EpochJudge
 from agentmem_chaos.sim.invariants import Invariants
 from agentmem_chaos.sim.judge import Judge, Ledger
-from agentmem_chaos.sim.moves import groups_of, unfinished
+from agentmem_chaos.sim.moves import groups_of, newest, unfinished
 from agentmem_chaos.sim.moving_node import MovingNode
 from agentmem_chaos.sim.nemesis import Nemesis
 from agentmem_chaos.sim.net import SimNet
 from agentmem_chaos.sim.node import SimNode
 from agentmem_chaos.sim.parts import Parts, open_journal
-from agentmem_chaos.sim.plan import WorldPlan
+from agentmem_chaos.sim.places import Places
+from agentmem_chaos.sim.plan import Fault, WorldPlan
 from agentmem_chaos.sim.recency import Recency
 from agentmem_chaos.sim.result import WorldResult
 from agentmem_chaos.sim.schedule import Schedule, stream
@@ -47,6 +48,8 @@ class World:
         self.judge = Judge(self.story, self.schedule)
         self.invariants = Invariants(self.judge)
         self.nodes: dict[str, SimNode] = {}
+        self.places = Places(group.id for group in plan.asked)
+        self.judge.group_of = self.places.group_of
         # Files of real engines: in memory where that is possible, since their syncs are simulated.
         in_memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self.folder = Path(tempfile.mkdtemp(prefix="agentmem-sim-", dir=in_memory))
@@ -69,11 +72,12 @@ class World:
                 self.story,
                 lambda: self.auditor,
                 self.folder / name,
+                self.places,
             )
         for name, node in self.nodes.items():
             self.net.attach(name, node)
         movers = self.movers = {n: m for n, m in self.nodes.items() if isinstance(m, MovingNode)}
-        self.epochs = EpochJudge(movers, self.judge, self.schedule)
+        self.epochs = EpochJudge(movers, self.judge, self.schedule, self.places)
         for node in movers.values():
             first_map = ShardMap.initial(plan.nodes, len(plan.asked), 3)
             node.prepare(self.epochs, plan.groups[0].members, first_map)
@@ -88,8 +92,8 @@ class World:
             name: Serving(node, self.judge, self.auditor, confirms_reads=self.parts.confirms_reads)
             for name, node in self.nodes.items()
         }
-        self.web = Web(plan, self.nodes, self.servers, self.schedule)
-        self.nemesis = Nemesis(plan, self.nodes, self.net, self.schedule, self.story)
+        self.web = Web(plan, self.nodes, self.servers, self.schedule, self.places)
+        self.nemesis = Nemesis(plan, self.nodes, self.net, self.schedule, self.story, self.places)
         self.calls: list[Call] = []
         self.recency = Recency(self.judge)
         self.clients = [self._client(number) for number in range(plan.clients)]
@@ -102,7 +106,13 @@ class World:
             seeds = chance.sample(self.plan.nodes, chance.randint(1, len(self.plan.nodes)))
             caller = CoreCaller(self.web, seeds, self.schedule, chance)
         else:
-            caller = PlainCaller(self.servers, self.schedule, chance, moves=self.plan.moves)
+            caller = PlainCaller(
+                self.servers,
+                self.schedule,
+                chance,
+                moves=self.plan.moves,
+                splits=Fault.SPLIT in self.plan.fault_every_s,
+            )
         return SimClient(
             number,
             caller,
@@ -172,9 +182,19 @@ class World:
         elif self._play(plan.seconds):
             self._final_reads()
         if not self.judge.violations:
-            ledgers = {group.id: self._ledger(group) for group in self._groups_now()}
-            operations = self.judge.history(self.calls, ledgers, self.schedule.now_s)
+            groups = self._groups_now()
+            ledgers = {group.id: self._ledger(group) for group in groups}
+            operations = self.judge.history(
+                self.calls, lambda call: ledgers[self._shard_of(call)], self.schedule.now_s
+            )
             self.judge.linearizable(operations)
+
+    def _shard_of(self, call: Call) -> str:
+        """Where its key is now."""
+        state = newest(list(self.movers.values()))
+        if state is None or state.map is None:
+            return call.group
+        return state.map.shard_of_slot(self.places.slot(call.group, call.key)).id
 
     def _ledger(self, group: GroupSpec) -> Ledger:
         nodes = [self.nodes[name] for name in group.members]
@@ -265,7 +285,7 @@ class World:
 
         while missing and self.schedule.now_s < until_s:
             for group_id, name in sorted(missing):
-                self.servers[name].read(
+                self.servers[name].read_shard(
                     group_id,
                     "k0",
                     lambda outcome, where=(group_id, name): answer(where, outcome),  # type: ignore[misc]
@@ -319,6 +339,7 @@ class World:
             left_behind=self.left_behind,
             has_moves=self.plan.moves,
             moves=self.epochs.moves,
+            splits=self.epochs.splits,
             pauses_s=self.epochs.pauses_s,
             elections=self.judge.elections,
             events=self.schedule.events,

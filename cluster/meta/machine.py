@@ -198,6 +198,11 @@ class MetaStateMachine:
             change.old_members,
         ):
             return Outcome("conflict", f"shard {change.shard} is not as the change expects it")
+        new = {target.id for target in change.targets}
+        for other in self.state.changes.values():
+            # The second of them could never be founded, when its shard has been sealed already.
+            if taken := new & {target.id for target in other.targets}:
+                return Outcome("conflict", f"{other.shard} is to be {min(taken)} by another change")
         change.apply_to(self.state.map)  # raises what a founding would
         self.state.changes[change.shard] = change
         return Outcome("ok")

@@ -32,6 +32,7 @@ from agentmem_cluster.meta import (
 )
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.shardmap import ShardMap
+from agentmem_cluster.splitting import split_ranges
 
 SETTINGS = ClusterSettings("c0ffee", "north", "all-MiniLM-L6-v2", 384, "abc", 1_700_000_000_000)
 MAP = ShardMap.initial(["n1", "n2", "n3"])
@@ -119,6 +120,28 @@ def test_values_are_bounded() -> None:
     results = run(meta, *[kv_put(f"k{i}", big) for i in range(70)])
     assert results.count("too_large") >= 6
     assert run(meta, kv_put("k0", b"small"), kv_put("free", big)) == ["ok", "ok"]
+
+
+def test_two_splits_never_make_one_and_the_same_shard() -> None:
+    """The second one sealed its shard, and could then not be founded: no write any more."""
+    meta = machine()
+    shards = MAP.shards
+
+    def splitting(shard: str) -> Change:
+        info = shards[shard]
+        cut = split_ranges(MAP, shard)
+        targets = tuple(
+            replace(info, id=name, epoch=2, slot_start=slots[0], slot_end=slots[1])
+            for name, slots in ((shard, cut.kept_slots), (cut.new_shard, cut.new_slots))
+        )
+        return Change(f"split-{shard}", shard, 1, info.members, targets)
+
+    first, second = splitting("s00"), splitting("s01")
+    assert first.targets[1].id == second.targets[1].id
+    done = run(meta, init_cluster(SETTINGS, MAP), begin_change(first), begin_change(second))
+    assert done == ["ok", "ok", "conflict"]
+    given_up = end_change("split-s00", "s00", Phase.COPY)
+    assert run(meta, given_up, begin_change(second)) == ["ok", "ok"]
 
 
 def test_raft_own_entries_change_nothing() -> None:

@@ -16,10 +16,15 @@ from agentmem_chaos.sim.planted import MOVING
 from agentmem_chaos.sim.world import SHARED_MEMORY, World
 from agentmem_node.backup.objects import open_store
 
-FAULTS = {**MOVING.faults, Fault.LOSE_DISK: 8.0, Fault.WALL_JUMP: 4.0}
+FAULTS = {**MOVING.faults, Fault.LOSE_DISK: 8.0, Fault.WALL_JUMP: 4.0, Fault.SPLIT: 4.0}
 WORLDS = dataclasses.replace(MOVING, engine=Engine.SHARD, faults=FAULTS)
 TAKEN_AT_S = (3.0, 9.0, 15.0)
 MOMENTS = 3
+SPLIT = (
+    1,
+    5,
+    6,
+)  # worlds in which a moment is restored over a split; a plan draws whether and when
 
 
 @pytest.fixture
@@ -47,3 +52,4 @@ def test_any_moment_of_a_world_is_restored_with_the_digest_that_replicas_had(
     assert restored.backups > 0
     assert restored.moments > 0
     assert restored.exact > restored.moments / 2
+    assert restored.splits > 0 or seed not in SPLIT

@@ -13,6 +13,7 @@ from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.epochs import EpochJudge
 from agentmem_chaos.sim.invariants import Invariants
 from agentmem_chaos.sim.judge import Judge
+from agentmem_chaos.sim.places import Places
 from agentmem_chaos.sim.recency import Recency
 from agentmem_chaos.sim.schedule import Schedule, stream
 from agentmem_chaos.sim.story import Story
@@ -104,16 +105,16 @@ def test_a_leader_without_a_committed_entry_is_accused_unless_it_was_elected_bef
 
 
 def a_call(kind: Kind, index: int) -> Call:
-    return Call(1, "meta", "k0", kind, "c1-1", 0.0, index=index)
+    return Call(1, "meta", "k0", kind, "c1-1", 0.0, shard="meta", index=index)
 
 
 def test_a_read_that_shows_less_than_was_answered_before_it_is_stale() -> None:
     judge = a_judge()
     recency = Recency(judge)
-    recency.answered(a_call(Kind.WRITE, 7), 0)
-    seen = recency.seen("meta")
+    recency.answered(a_call(Kind.WRITE, 7), {})
+    seen = recency.seen()
     recency.answered(a_call(Kind.READ, 7), seen)
-    recency.answered(a_call(Kind.READ, 6), 5)  # it was asked for before
+    recency.answered(a_call(Kind.READ, 6), {"meta": 5})  # it was asked for before
     assert judge.violations == []
     recency.answered(a_call(Kind.READ, 6), seen)
     assert [violation.rule for violation in judge.violations] == ["stale reads"]
@@ -148,7 +149,8 @@ def test_an_epoch_is_founded_on_a_majority_that_has_its_base_or_had_it(
 ) -> None:
     judge = a_judge()
     machines = [AMachine("n1", 71, 0), AMachine("n2", *second), AMachine("n3", 0, 0)]
-    epochs = EpochJudge({machine.name: machine for machine in machines}, judge, Schedule())
+    by_name = {machine.name: machine for machine in machines}
+    epochs = EpochJudge(by_name, judge, Schedule(), Places(["s00"]))
     members = ("n1", "n2", "n3")
     target = ShardInfo("s00", 2, members, "n1", 0, 16_384)
 

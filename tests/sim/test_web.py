@@ -71,7 +71,7 @@ def test_any_node_shows_the_cluster_with_its_leaders(world: World) -> None:
         topology = Topology.read(outcome[1])
         assert set(topology.shards) == {spec.id for spec in world.plan.groups}
         assert topology.shards["meta"].leader == leader_of(world)
-        owner = world.web.owner_of("meta")
+        owner = world.web.owner_of("meta", "k0")
         shard = topology.shard_of_owner(owner)
         assert shard is not None and shard.id == "meta"
 
