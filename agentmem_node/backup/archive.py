@@ -25,7 +25,12 @@ import msgspec
 from agentmem_cluster.epochs.commands import Seal
 from agentmem_cluster.epochs.commands import decode as decode_control
 from agentmem_cluster.raft.api import Entry
-from agentmem_node.backup.errors import BackupMissing, RestoreImpossible, damaged
+from agentmem_node.backup.errors import (
+    BackupDamaged,
+    BackupMissing,
+    RestoreImpossible,
+    damaged,
+)
 from agentmem_node.backup.objects import ObjectStore
 from agentmem_node.backup.origin import Origin, origin_in
 from agentmem_node.model.commands import Write, decode
@@ -212,11 +217,23 @@ class Archive:
         for part in parts:
             yield from self._lineages((*lineage, part), until_ms)
 
-    def rewinds(self, shard: str, after: int) -> Iterator[Part]:
-        """What a shard began with each time that it was taken back, in epochs after `after`."""
+    def rewinds(self, shard: str, after: int, *, legible: bool = False) -> Iterator[Part]:
+        """What a shard began with each time that it was taken back, in epochs after `after`.
+
+        Raises BackupMissing, BackupDamaged; or leaves out, with `legible`, the epochs whose
+        beginning cannot be read: from it on, nothing of them can be restored anyway.
+        """
         for first in self._first_of_epochs(shard):
-            if first.epoch > after and (origin := self.origin(shard, first.epoch)) is not None:
-                slots = self.read(first).slots
+            if first.epoch <= after:
+                continue
+            try:
+                origin = self.origin(shard, first.epoch)
+                slots = self.read(first).slots if origin is not None else (0, 0)
+            except (BackupMissing, BackupDamaged):
+                if not legible:
+                    raise
+                continue
+            if origin is not None:
                 yield Part(shard, slots, first.epoch, first.first - 1, origin)
 
     def origin(self, shard: str, epoch: int) -> Origin | None:

@@ -128,7 +128,7 @@ def _needed(store: ObjectStore, manifests: list[mf.Manifest], kept: set[str]) ->
         for manifest in (by_id[one] for one in todo):
             archive = log.Archive(store, manifest.cluster_id)
             for shard in manifest.shards:
-                for part in archive.rewinds(shard.id, shard.epoch):
+                for part in archive.rewinds(shard.id, shard.epoch, legible=True):
                     assert part.origin is not None
                     origins.add(part.origin.backup)
         todo = (origins & by_id.keys()) - needed

@@ -14,6 +14,7 @@ from agentmem_cluster.epochs.commands import Begin
 from agentmem_cluster.epochs.commands import encode as control
 from agentmem_cluster.raft.api import Entry
 from agentmem_cluster.shardmap import ShardInfo, ShardMap
+from agentmem_node.backup.archive import Archive
 from agentmem_node.backup.catalog import new_id
 from agentmem_node.backup.content import Content
 from agentmem_node.backup.errors import BackupDamaged
@@ -183,6 +184,15 @@ def test_a_backup_that_was_taken_back_to_is_kept_while_an_older_state_needs_it(
     assert pruned(1) == [first.id, second.id]
     until_ms, shards, content = rewinding.recorded[0]
     assert rebuilt(rewinding.store, second, tmp_path, until_ms) == (shards, content)
+    # A beginning that cannot be read keeps nothing, and hinders nobody.
+    archive = Archive(rewinding.store, CLUSTER)
+    (begun,) = archive.segments("s00", 2)[:1]
+    whole = rewinding.store.get(begun.name)
+    rewinding.store.put(begun.name, whole[:-1] + b"x")
+    with pytest.raises(BackupDamaged):
+        list(archive.rewinds("s00", 1))
+    assert list(archive.rewinds("s00", 1, legible=True)) == []
+    rewinding.store.put(begun.name, whole)
     third = rewinding.back_up()
     assert pruned(1) == [third.id]
     rewinding.close()
