@@ -420,8 +420,8 @@ class Replicas:
         in_use = self.set.folders_in_use()
         for folder in sorted(self._folder.iterdir()):
             name = folder.name.removesuffix(".partial")
-            if name in in_use or folder.name.endswith(".partial"):
-                continue
+            if name in in_use or folder.name.endswith(".partial") or ".fetch" in name:
+                continue  # what was being fetched out of a backup says itself whose it is
             if folder.name.endswith((".gone", ".new")) or partial_folder(folder).exists():
                 self._discard(folder)
             elif folder.is_dir():
@@ -437,7 +437,7 @@ class Replicas:
         kept |= {ready.folder for ready in self._record.ready.values()}
         kept |= {folder.name for _, _, folder in self._lingering if folder is not None}
         for path in sorted(self._folder.iterdir()):
-            name = path.name.removesuffix(".partial")
+            name = path.name.partition(".")[0]  # of a part of it, or of what is fetched for it
             shard, _, epoch = name.rpartition("-e")
             info = shard_map.shards.get(shard)
             if name in kept or info is None or not epoch.isdecimal() or int(epoch) > info.epoch:
@@ -447,7 +447,11 @@ class Replicas:
             if self._node_id in info.members and not is_here:
                 continue  # a copy goes on with it, or what was put aside may be the last there is
             log.info("removing %s, which is of no more use", path)
-            self._discard(path.with_name(name))
+            if path.is_dir():
+                self._discard(path)
+            else:
+                with suppress(OSError):
+                    path.unlink()
 
     # -- beginning an epoch ----------------------------------------------------------------------
 

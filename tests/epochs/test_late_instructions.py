@@ -55,8 +55,17 @@ def test_a_late_order_to_copy_leaves_the_replica_that_came_of_the_first_one_alon
             shards = tmp_path / "n1" / "shards"
             for name in ("s00-e1.partial", "s00-e2", "s00-e3.partial", "another"):
                 (shards / name).mkdir()
+            # What was fetched for a rewind that was given up, and for one that is to come.
+            for name in ("s00-e2.fetch", "s00-e2.fetch.origin.fetch.partial", "s00-e3.fetch"):
+                (shards / name).mkdir()
+                (shards / f"{name}.json").write_text("{}")
             left._sweep()
-            assert sorted(path.name for path in shards.iterdir()) == ["another", "s00-e3.partial"]
+            assert sorted(path.name for path in shards.iterdir()) == [
+                "another",
+                "s00-e3.fetch",
+                "s00-e3.fetch.json",
+                "s00-e3.partial",
+            ]
             replicas._sweep()
             assert files.is_dir()
             # Put aside, it may be the last there is, whatever epoch its folder is called by.
