@@ -168,6 +168,7 @@ def summary(outcomes: list[Outcome]) -> Table:
     moving = sum(outcome.result.has_moves for outcome in outcomes)
     moves = sum(outcome.result.moves for outcome in outcomes)
     splits = sum(outcome.result.splits for outcome in outcomes)
+    rewinds = sum(outcome.result.rewinds for outcome in outcomes)
     speed = virtual_s / max(cpu_s, 1e-9)
     shards = sum(outcome.result.engine == "shard" for outcome in outcomes)
     core = sum(outcome.result.core_clients for outcome in outcomes)
@@ -180,8 +181,8 @@ def summary(outcomes: list[Outcome]) -> Table:
         "linearizable reads": f"{sum(outcome.result.reads for outcome in outcomes):,}",
         "faults": f"{sum(outcome.result.faults for outcome in outcomes):,}",
         "elections": f"{sum(outcome.result.elections for outcome in outcomes):,}",
-        "moves": f"{moves:,} in {moving} worlds, {splits:,} splits among them; "
-        f"writes paused {pauses(outcomes)}",
+        "moves": f"{moves:,} in {moving} worlds, {splits:,} splits and {rewinds:,} rewinds "
+        f"among them; writes paused {pauses(outcomes)}",
         "violations": f"{sum(not outcome.result.passed for outcome in outcomes)} worlds",
     }
     if len(outcomes) == 1:

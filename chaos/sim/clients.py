@@ -66,7 +66,15 @@ class Call:
             self.request, self.kind.value, self.key, self.value, self.expected, self.padding
         )
 
-    def as_operation(self, key: str, returned_s: float, ok: bool, result: Hashable) -> Operation:
+    def as_operation(
+        self,
+        key: str,
+        returned_s: float,
+        ok: bool,
+        result: Hashable,
+        order: float | None = None,
+    ) -> Operation:
+        """`order`: where it took effect, if not at its own."""
         shown = ok if self.kind in (Kind.CAS, Kind.DELETE) else result
         return Operation(
             self.client,
@@ -77,7 +85,7 @@ class Call:
             self.value,
             self.expected,
             shown,
-            self.order,
+            self.order if order is None else order,
         )
 
     def __str__(self) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.judge import Judge
 from agentmem_chaos.sim.places import Places
+from agentmem_chaos.sim.rewinds import Rewinds
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.epochs.record import LocalRecord, RecordCorrupt
@@ -47,6 +48,7 @@ class EpochJudge:
     ) -> None:
         self._machines = machines
         self._places = places
+        self.rewinds = Rewinds(places)
         self._judge = judge
         self._schedule = schedule
         self._members: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -102,7 +104,11 @@ class EpochJudge:
         if index != spec.base_index or info.epoch == 1:
             return
         digest = served.machine.digest()
-        ended = self.state_at(info.id, index, len(digest))
+        rewind = self.rewinds.of(info.id, info.epoch)
+        if rewind is not None and index == rewind.base_index:
+            ended: bytes | None = rewind.kept.digest
+        else:
+            ended = self.state_at(info.id, index, len(digest))
         if ended is not None and not ended.startswith(digest):
             self._judge.accuse(
                 "base is the final state",
@@ -148,17 +154,23 @@ class EpochJudge:
         self.checks += 1
         assert change.base is not None
         self.splits += change.is_split
+        if change.source:
+            _, sealed_s = self._seals.get((change.shard, change.from_epoch), (0, 0.0))
+            kept = self.rewinds.founded(change.source, change.to_epoch, change.base.index, sealed_s)
+            self._judge.taken_back(change.shard, kept.effects)
         for target in change.targets:
             if change.is_split:
                 slots = target.slot_start, target.slot_end
                 part = _Part(change.shard, slots, change.base.index)
                 self._parts[target.id, change.to_epoch] = part
+            # What was kept is on disk as it was then: it is rebased when its epoch has a base.
+            last = self.rewinds.kept[change.source].index if change.source else change.base.index
             holders = [
                 member
                 for member in target.members
-                if self._machines[member].durable_index(target.id) >= change.base.index
+                if self._machines[member].durable_index(target.id) >= last
                 # It had it when it said so. That was true, and one lost disk loses no majority.
-                or self._machines[member].lost_index.get(target.id, 0) >= change.base.index
+                or self._machines[member].lost_index.get(target.id, 0) >= last
             ]
             if 2 * len(holders) <= len(target.members):
                 self._judge.accuse(
@@ -174,6 +186,7 @@ class EpochJudge:
         self._begun.add((shard, epoch))
         self.checks += 1
         self.moves += 1
+        self.rewinds.began(shard, epoch, self._schedule.now_s)
         part = self._parts.get((shard, epoch))
         whole = shard if part is None else part.whole
         sealed = self._seals.get((whole, epoch - 1))

@@ -24,6 +24,7 @@ from agentmem_chaos.checker import UNKNOWN_RETURN, Kind, Operation, Verdict, che
 from agentmem_chaos.sim import shard_machine
 from agentmem_chaos.sim.clients import Call, Fate
 from agentmem_chaos.sim.machine import Command, Effect, Outcome
+from agentmem_chaos.sim.rewinds import EffectAt
 from agentmem_chaos.sim.schedule import Schedule
 from agentmem_chaos.sim.story import Story
 from agentmem_cluster.epochs.commands import decode, is_control
@@ -60,7 +61,8 @@ class Judge:
         self.checker_steps = 0
         self._applied: dict[tuple[str, int], _AppliedEntry] = {}
         self._next_index: dict[tuple[str, str], int] = {}  # of a node's replica
-        self._effect_at: dict[tuple[str, str], int] = {}
+        self._effects: dict[tuple[str, str], list[EffectAt]] = {}  # by group and request
+        self._undone: set[EffectAt] = set()
         self._leader_of: dict[tuple[str, int, int], str] = {}
         # Of which group a shard is all, or a part: a request takes effect once in all of them.
         self.group_of: Callable[[str], str] = lambda shard: shard
@@ -114,14 +116,37 @@ class Judge:
                     f"{first.first_node} and {node} differ after {group}/{entry.index}",
                 )
         if effect.fresh:
-            where = (self.group_of(group), effect.request)
-            index = self._effect_at.setdefault(where, entry.index)
-            if index != entry.index:
+            self._took_effect(group, entry.index, effect)
+        return first is here
+
+    def _took_effect(self, group: str, index: int, effect: Effect) -> None:
+        effects = self._effects.setdefault((self.group_of(group), effect.request), [])
+        if any(known.index == index for known in effects):
+            return
+        for known in effects:
+            if known not in self._undone:
                 self.accuse(
                     "exactly once",
-                    f"{effect.request} took effect at {group}/{index} and {entry.index}",
+                    f"{effect.request} took effect at {known.shard}/{known.index} and "
+                    f"{group}/{index}",
                 )
-        return first is here
+        effects.append(EffectAt(group, index, effect.ok, effect.value))
+
+    def in_force(self, shard: str, index: int) -> frozenset[EffectAt]:
+        """What took effect in a shard's own log up to an entry, and was not undone."""
+        return frozenset(
+            effect
+            for effects in self._effects.values()
+            for effect in effects
+            if effect.shard == shard and effect.index <= index and effect not in self._undone
+        )
+
+    def taken_back(self, shard: str, in_force: frozenset[EffectAt]) -> None:
+        """Of all that ever took effect in a shard's log only this has, from now on."""
+        for effects in self._effects.values():
+            for effect in effects:
+                if effect.shard == shard:
+                    (self._undone.discard if effect in in_force else self._undone.add)(effect)
 
     def state_at(self, group: str, index: int) -> bytes | None:
         """The digest after an entry, and what else was compared there, if any replica has been."""
@@ -169,14 +194,24 @@ class Judge:
         operations = []
         for call in calls:
             key = f"{call.group}/{call.key}"
-            if call.kind is not Kind.READ:
-                call.order = self._effect_at.get((call.group, call.request))
+            effects = self._effects.get((call.group, call.request), [])
             answered = call.fate is Fate.ANSWERED
+            if call.kind is not Kind.READ and effects:
+                # The one that it was answered for, if a rewind let it happen twice.
+                own = [one for one in effects if one.index <= call.index] or effects[:1]
+                call.order = own[-1].index
+                operations += [
+                    call.as_operation(key, UNKNOWN_RETURN, one.ok, one.value, one.index)
+                    for one in effects
+                    if one is not own[-1] or (not answered and one in self._undone)
+                ]
             if answered:
                 operations.append(call.as_operation(key, call.returned_s, call.ok, call.result))
             if call.kind is Kind.READ:
                 continue
             kept = ledger_of(call)(call.request)
+            if any(one in self._undone for one in effects):
+                continue  # what the ledger says of it depends on when it was asked again
             if answered and kept is None:
                 self.accuse("acknowledged writes survive", f"{call} is in no ledger")
             elif answered and kept != (call.ok, call.result):

@@ -103,6 +103,10 @@ class Divisible(Replica, Protocol):
         """Be the part with slots [first, end) from here on."""
         ...
 
+    def rebase(self, index: int, ended: int) -> None:
+        """Take the place of the final state of epoch `ended`, whose log ended at `index`."""
+        ...
+
     def strays(self, slots: tuple[int, int]) -> int:
         """How much is stored here with other slots."""
         ...
@@ -276,6 +280,10 @@ class RegisterMachine:
             if slots[0] <= slot_of(key) < slots[1]
         }
         state.digest = digest_of_part(state.digest, *slots)
+
+    def rebase(self, index: int, ended: int) -> None:
+        state = self._store.cached
+        state.applied_index, state.epoch = index, EpochState(ended, True)
 
     def strays(self, slots: tuple[int, int]) -> int:
         slots_of_keys = map(self._store.slot_of, self._store.cached.registers)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from agentmem_chaos.sim.membership import SimMembership
 from agentmem_chaos.sim.moving_node import MovingNode
@@ -16,12 +17,17 @@ from agentmem_cluster.raft.api import GroupSpec
 
 MEMBERS = 3
 SHARDS_MAX = 5
+KEEP_CHANCE = 0.4
 AWAY_S = (0.2, 3.0)
 
 
 class Moves:
-    def __init__(self, nodes: Sequence[SimNode], places: Places) -> None:
+    def __init__(
+        self, nodes: Sequence[SimNode], places: Places, keys_of: Callable[[str], set[str]]
+    ) -> None:
+        """`keys_of`: those of a group that clients have asked for."""
         self._places = places
+        self._keys_of = keys_of
         self._nodes = [node for node in nodes if isinstance(node, MovingNode)]
 
     def move(self, chance: random.Random, lasts_s: float) -> str | None:
@@ -50,6 +56,33 @@ class Moves:
         change = membership.split(shard)
         membership.begin(change, lambda _: None)
         return f"{shard} is to be {' and '.join(target.id for target in change.targets)}"
+
+    def rewind(self, chance: random.Random, lasts_s: float) -> str | None:
+        """To a state that was kept before; or one is kept, to be gone back to later."""
+        membership = self._leader()
+        if membership is None:
+            return None
+        view = membership.view
+        assert view is not None
+        shard = chance.choice(sorted(view.map.shards))
+        info = view.map.shards[shard]
+        if shard in view.changes:
+            return None
+        able = [
+            n for n in self._nodes if n.alive and not n.paused and n.is_whole(shard, info.epoch)
+        ]
+        if not able:
+            return None
+        rewinds = able[0].epochs.rewinds
+        kept = rewinds.fitting(shard, (info.slot_start, info.slot_end))
+        if not kept or chance.random() < KEEP_CHANCE:
+            group = self._places.group_of(shard)
+            rewinds.keep(chance.choice(able).keep(shard, sorted(self._keys_of(group))))
+            return None
+        state = chance.choice(kept)
+        change = replace(membership.change(shard, info.members), source=state.id)
+        membership.begin(change, lambda _: None)
+        return f"{shard} is to be as at {state.index} again"
 
     def _leader(self) -> SimMembership | None:
         """Of the meta group: it is asked as by an operator's command."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from agentmem_chaos.sim.copies import open_snapshot
 from agentmem_chaos.sim.disk import SimDisk
 from agentmem_chaos.sim.epochs import EpochJudge
 from agentmem_chaos.sim.link import SimLink
@@ -14,6 +15,7 @@ from agentmem_chaos.sim.meta_machine import MetaReplica, MetaStore
 from agentmem_chaos.sim.node import HANDOFF_S, SimNode
 from agentmem_chaos.sim.places import Place
 from agentmem_chaos.sim.replicas import SimReplicas
+from agentmem_chaos.sim.rewinds import KeptState
 from agentmem_chaos.sim.schedule import SimRng, stream
 from agentmem_chaos.sim.shard_store import ShardStore
 from agentmem_cluster.epochs.commands import Begin, Seal, decode
@@ -181,6 +183,37 @@ class MovingNode(SimNode):
             self._wholes.pop(folder, None)
         else:
             self._wholes[folder] = whole
+
+    def kept(self, source: str) -> KeptState:
+        return self.epochs.rewinds.kept[source]
+
+    def rebased(self, folder: str, index: int) -> None:
+        self._judge.booted(self.name, folder, index)
+
+    def keep(self, shard: str, keys: Iterable[str]) -> KeptState:
+        """What the replica here is now; `keys`: those whose values may be asked for again."""
+        served = self._served[shard]
+        machine: Any = served.machine.inner
+        assert self.core is not None
+        index, info = machine.applied_index, served.info
+        snapshot = open_snapshot(self.stores[served.folder])
+        try:
+            chunks = tuple(snapshot.read(number) for number in range(snapshot.chunks))
+            head = snapshot.head
+        finally:
+            snapshot.close()
+        return KeptState(
+            f"{shard}-at-{index}-{self._schedule.now_s:.6f}",
+            shard,
+            (info.slot_start, info.slot_end),
+            index,
+            self.core.term_at(shard, index),
+            machine.digest(),
+            head,
+            chunks,
+            {key: machine.read(key) for key in keys},
+            self._judge.in_force(shard, index),
+        )
 
     def open_state(self, shard: str, folder: str) -> Divisible:
         def observe(entry: Entry, effect: Effect, digest: bytes | None) -> None:

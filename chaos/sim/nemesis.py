@@ -40,6 +40,7 @@ class Nemesis:
         schedule: Schedule,
         story: Story,
         places: Places,
+        keys_of: Callable[[str], set[str]],
     ) -> None:
         self._plan = plan
         self._nodes = list(nodes.values())
@@ -48,7 +49,7 @@ class Nemesis:
         self._story = story
         self._active = True
         self.faults = 0
-        self._moves = Moves(self._nodes, places)
+        self._moves = Moves(self._nodes, places, keys_of)
         self._acts: dict[Fault, Callable[[random.Random, float], str | None]] = {
             Fault.KILL: self._kill,
             Fault.KILL_MANY: self._kill_many,
@@ -69,6 +70,7 @@ class Nemesis:
             Fault.RESEED: self._moves.reseed,
             Fault.LOSE_DISK: self._moves.lose_disk,
             Fault.SPLIT: self._moves.split,
+            Fault.REWIND: self._moves.rewind,
         }
 
     def start(self) -> None:

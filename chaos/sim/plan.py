@@ -58,6 +58,7 @@ class Fault(Enum):
     RESEED = "a replica is copied anew"
     LOSE_DISK = "a disk is lost"
     SPLIT = "a shard is split in two"
+    REWIND = "a shard is taken back to an earlier state"
 
 
 # Virtual seconds between two faults of a kind, where a world has it: drawn log-uniformly.
@@ -84,6 +85,7 @@ MOVES_EVERY_S: dict[Fault, tuple[float, float]] = {
     Fault.RESEED: (4.0, 20.0),
     Fault.LOSE_DISK: (6.0, 30.0),
     Fault.SPLIT: (4.0, 20.0),
+    Fault.REWIND: (3.0, 15.0),
 }
 
 

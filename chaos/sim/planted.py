@@ -31,6 +31,7 @@ from agentmem_cluster.epochs.commands import Seal, decode
 from agentmem_cluster.epochs.conductor import Conductor
 from agentmem_cluster.epochs.machine import EpochMachine
 from agentmem_cluster.epochs.record import LocalRecord
+from agentmem_cluster.epochs.replicas import ReplicaSet
 from agentmem_cluster.journal.journal import Journal
 from agentmem_cluster.raft import following, pysync
 from agentmem_cluster.raft.api import Entry
@@ -410,6 +411,10 @@ SPLITTING = dataclasses.replace(
     engine=Engine.SHARD,
     faults={Fault.SPLIT: 4.0, Fault.MOVE: 4.0, Fault.KILL: 8.0, Fault.BREAK_SESSION: 4.0},
 )
+REWINDING = dataclasses.replace(
+    MOVING,
+    faults={Fault.REWIND: 2.0, Fault.MOVE: 6.0, Fault.KILL: 6.0, Fault.CUT_LEADER: 6.0},
+)
 LOSING = dataclasses.replace(MOVING, faults={Fault.MOVE: 2.0, Fault.LOSE_DISK: 4.0})
 
 PLANTS: tuple[Plant, ...] = (
@@ -661,6 +666,13 @@ PLANTS: tuple[Plant, ...] = (
         _rules("a part has its own"),
         SPLITTING,
         planted=lambda: patch.object(restrict, "_remove", _leaving_ids),
+    ),
+    Plant(
+        "rewinds",
+        "what comes out of a backup does not take the place of the epoch that it ends",
+        _rules("no exceptions"),
+        REWINDING,
+        planted=lambda: patch.object(ReplicaSet, "_is_restored", lambda *_: False),
     ),
     Plant(
         "epochs",

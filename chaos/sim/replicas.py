@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from agentmem_chaos.sim.copies import Snapshot, install, open_snapshot
 from agentmem_chaos.sim.link import Refused, Reply, SimLink
 from agentmem_chaos.sim.machine import Divisible, ReplicaStore
+from agentmem_chaos.sim.rewinds import KeptState
 from agentmem_cluster.epochs import fence
 from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.epochs.commands import Begin, Seal, encode
@@ -62,6 +63,8 @@ class Home(Protocol):
     def now_s(self) -> float: ...
     def tell(self, what: str) -> None: ...
     def follows(self, folder: str, whole: str | None) -> None: ...
+    def kept(self, source: str) -> KeptState: ...
+    def rebased(self, folder: str, index: int) -> None: ...
     def served(self, served: Served) -> None: ...
     def gone(self, shard: str) -> None: ...
     def run(self, step: Callable[[NodeCore], Any]) -> Any: ...
@@ -159,7 +162,14 @@ class SimReplicas:
         self._home.later(LINGER_S, drop)
 
     def rebase(self, state: EpochAware, index: int, ended: int) -> None:
-        raise NotImplementedError("nothing is restored from backups here")
+        machine: Any = state
+        machine.rebase(index, ended)
+        (folder,) = (
+            staged.folder
+            for staged in self.set.staged.values()
+            if staged.machine is not None and staged.machine.inner is state
+        )
+        self._home.rebased(folder, index)
 
     # -- what is to be done by itself ------------------------------------------------------------
 
@@ -206,6 +216,19 @@ class SimReplicas:
                 source = self._serving_member(info)
                 if source is not None:
                     self._start_copy(self.set.begin_copy(info, "", info.epoch), info.id, source)
+        for staged, change in self.set.restored_again():
+            if staged.info.id not in self._copies and now_s >= self._retry_s.get(staged.info.id, 0):
+                self._retry_s[staged.info.id] = now_s + RETRY_S
+                self._restore(staged, change)
+        for staged in self.set.staged.values():
+            machine = staged.machine
+            if (
+                staged.state is Staging.COMPLETE
+                and machine is not None
+                and machine.durable_index < machine.inner.applied_index  # it was rebased
+                and staged.info.id not in self._copies
+            ):
+                self._make_usable(staged, machine)
         if self.set.map is not None:
             for staged in self.set.drop_copies(list(self.set.staged.values())):
                 copy = self._copies.pop(staged.info.id, None)
@@ -356,7 +379,10 @@ class SimReplicas:
             running.over = True
         if staged is None or not is_same or staged.machine is None:
             staged = self.set.begin_copy(target, change.id, change.from_epoch)
-        self._start_copy(staged, change.shard, body["source"])
+        if change.source:
+            self._restore(staged, change)
+        else:
+            self._start_copy(staged, change.shard, body["source"])
         reply(None)
 
     def _local(self, shard: str, epoch: int) -> Served:
@@ -529,14 +555,52 @@ class SimReplicas:
         if answer["applied"] - machine.inner.applied_index > 0 and entries:
             self._tail(copy)
             return
-        staged.state = Staging.FOLLOWING
         if staged.follows == staged.info.epoch:
+            staged.state = Staging.FOLLOWING
             self._make_durable(copy, machine, lambda: self._settle_and_follow(copy))
         elif self._home.now_s() >= copy.durable_s:
             copy.durable_s = self._home.now_s() + DURABLE_EVERY_S
             self._make_durable(copy, machine, lambda: self._poll(copy))
         else:
             self._poll(copy)
+
+    def _restore(self, staged: Staged, change: Change) -> None:
+        """What was kept becomes the copy, instead of a member's state."""
+        copy = self._copies[staged.info.id] = _Copy(staged, change.shard, change.source)
+        staged.state, staged.error = Staging.COPYING, ""
+        if staged.machine is not None:
+            self._make_durable(copy, staged.machine, lambda: self._complete(copy))
+            return
+        kept = self._home.kept(change.source)
+        self._home.store_of(staged.info.id, staged.folder)
+        self._home.drop_store(staged.folder)
+        store = self._home.store_of(staged.info.id, staged.folder)
+
+        def put() -> None:
+            if not copy.over:
+                install(store, kept.head, list(kept.chunks), kept.index)
+
+        def whole(failure: OSError | None) -> None:
+            if copy.over or self.set.staged.get(staged.info.id) is not staged:
+                self._end(copy)
+            elif failure is not None:
+                self._fail(copy, failure)
+            else:
+                state = self._home.open_state(staged.info.id, staged.folder)
+                staged.machine = EpochMachine(state, staged.follows)
+                staged.last_term = kept.term
+                self._make_durable(copy, staged.machine, lambda: self._complete(copy))
+
+        self._home.after_sync(put, whole)
+
+    def _make_usable(self, staged: Staged, machine: EpochMachine) -> None:
+        copy = self._copies[staged.info.id] = _Copy(staged, staged.info.id, "")
+
+        def usable() -> None:
+            self._end(copy)
+            self.poke()
+
+        self._make_durable(copy, machine, usable)
 
     def _poll(self, copy: _Copy) -> None:
         def again() -> None:
@@ -545,6 +609,7 @@ class SimReplicas:
             else:
                 self._tail(copy)
 
+        copy.staged.state = Staging.FOLLOWING
         self._home.later(TAIL_POLL_S, again)
 
     def _settle_and_follow(self, copy: _Copy) -> None:

@@ -28,6 +28,7 @@ class WorldResult:
     has_moves: bool = False
     moves: int = 0  # epochs that began
     splits: int = 0
+    rewinds: int = 0
     pauses_s: list[float] = field(default_factory=list)  # of writes, at each
     events: int = 0
     bursts: int = 0

@@ -112,6 +112,9 @@ class ShardMachine:
             self._store.applied()
         self._is_trimmed = False
 
+    def rebase(self, index: int, ended: int) -> None:
+        self._shard.rebase(index, ended)
+
     def strays(self, slots: tuple[int, int]) -> int:
         return sum(not slots[0] <= slot_of_id(one) < slots[1] for one in self._store.ids())
 

@@ -93,8 +93,16 @@ class World:
             for name, node in self.nodes.items()
         }
         self.web = Web(plan, self.nodes, self.servers, self.schedule, self.places)
-        self.nemesis = Nemesis(plan, self.nodes, self.net, self.schedule, self.story, self.places)
         self.calls: list[Call] = []
+        self.nemesis = Nemesis(
+            plan,
+            self.nodes,
+            self.net,
+            self.schedule,
+            self.story,
+            self.places,
+            lambda group: {call.key for call in self.calls if call.group == group},
+        )
         self.recency = Recency(self.judge)
         self.clients = [self._client(number) for number in range(plan.clients)]
         self.left_behind = 0
@@ -187,6 +195,9 @@ class World:
             operations = self.judge.history(
                 self.calls, lambda call: ledgers[self._shard_of(call)], self.schedule.now_s
             )
+            rewinds = self.epochs.rewinds
+            operations = rewinds.as_shards_compare(operations)
+            operations += rewinds.operations((call.group, call.key) for call in self.calls)
             self.judge.linearizable(operations)
 
     def _shard_of(self, call: Call) -> str:
@@ -340,6 +351,7 @@ class World:
             has_moves=self.plan.moves,
             moves=self.epochs.moves,
             splits=self.epochs.splits,
+            rewinds=self.epochs.rewinds.count,
             pauses_s=self.epochs.pauses_s,
             elections=self.judge.elections,
             events=self.schedule.events,
