@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgpack
@@ -157,9 +157,17 @@ def at_ms_of(command: bytes) -> int | None:
 class Archive:
     """The archived log of one cluster in one store."""
 
-    def __init__(self, store: ObjectStore, cluster_id: str) -> None:
+    def __init__(
+        self, store: ObjectStore, cluster_id: str, before: Mapping[str, int] | None = None
+    ) -> None:
+        """`before`: of these shards only epochs before that one count."""
         self._store = store
         self.cluster_id = cluster_id
+        self._before = dict(before or {})
+
+    def before(self, shard: str, epoch: int) -> Archive:
+        """The same, as it was before an epoch of a shard."""
+        return Archive(self._store, self.cluster_id, {**self._before, shard: epoch})
 
     def append(
         self, shard: str, epoch: int, entries: Sequence[Entry], slots: tuple[int, int]
@@ -175,7 +183,8 @@ class Archive:
         if epoch is not None:
             prefix += f"e{epoch:010d}/"
         found = (Segment.of_name(item.name) for item in self._store.list(prefix, after))
-        return [segment for segment in found if segment is not None]
+        end = self._before.get(shard)
+        return [s for s in found if s is not None and (end is None or s.epoch < end)]
 
     def read(self, segment: Segment) -> Contents:
         """Raises BackupMissing, BackupDamaged."""
@@ -354,8 +363,10 @@ class Archive:
         epoch: int,
         until_ms: int | None,
         slots: tuple[int, int] | None = None,
+        upto: int | None = None,
     ) -> Iterator[list[Entry]]:
-        """What follows entry `after` of `epoch`, in the history that holds at `until_ms`.
+        """What follows entry `after` of `epoch`, in the history that holds at `until_ms`, and no
+        entry behind `upto`.
 
         Batches end before the first entry that may be too late; the caller keeps the running
         maximum. It ends where the shard has not `slots` any more, because it was split: `lineages`
@@ -379,7 +390,7 @@ class Archive:
                 raise damaged(segment.name, f"it has slots {contents.slots}, not {slots}")
             reading = segment.epoch
             for entry in contents.entries:
-                if not expected <= entry.index <= end:
+                if not expected <= entry.index <= end or (upto is not None and entry.index > upto):
                     continue
                 if until_ms is not None:
                     is_past |= (at_ms_of(entry.command) or until_ms) > until_ms
@@ -392,6 +403,10 @@ class Archive:
                     break
             if batch:
                 yield batch
+            if upto is not None and expected > upto:
+                return
+        if upto is not None and expected <= upto and chain.left_out is None and not is_past:
+            raise gap_error(shard, Gap(expected, upto))
         is_cut = chain.left_out is not None and expected < chain.left_out
         if chain.left_out is not None and is_cut and not is_past and sealed < reading:
             # Only its seal, or a later write, shows that nothing of the epoch is missing.

@@ -78,10 +78,14 @@ def load(store: ObjectStore, backup_id: str) -> mf.Manifest:
 
 
 def choose(
-    store: ObjectStore, *, backup_id: str | None = None, until_ms: int | None = None
+    store: ObjectStore,
+    *,
+    backup_id: str | None = None,
+    until_ms: int | None = None,
+    cluster_id: str | None = None,
 ) -> mf.Manifest:
     """The backup to restore from: the named one, or the newest that holds nothing later than
-    `until_ms`.
+    `until_ms`, of `cluster_id` if that is given.
 
     Raises BackupMissing, BackupDamaged: a damaged backup is never passed over in silence.
     """
@@ -94,10 +98,12 @@ def choose(
                 hint="Name an older one with --backup, or remove the damaged manifest.",
                 backup=item.id,
             )
+        if cluster_id is not None and item.manifest.cluster_id != cluster_id:
+            continue
         if until_ms is None or holds_nothing_after(item.manifest, until_ms):
             return item.manifest
     raise BackupMissing(
-        f"There is no backup in {store.url}"
+        f"There is no backup {'' if cluster_id is None else 'of this cluster '}in {store.url}"
         + (" from before that moment." if until_ms is not None else "."),
         hint="`agentmem backup list` shows what is there.",
     )

@@ -41,6 +41,7 @@ from agentmem_node.storage.store import Store
 _BATCH_ENTRIES: Final = 512
 _BATCH_BYTES: Final = 4 << 20
 _ORIGIN: Final = ".origin"
+_ORIGINS_MAX: Final = 12  # a folder's name has room for so many
 
 
 class Fetched(NamedTuple):
@@ -94,9 +95,16 @@ class Plan(NamedTuple):
     faults: list[str]
 
 
-def plan(store: ObjectStore, *, backup_id: str | None = None, until_ms: int | None = None) -> Plan:
-    """How to come to a moment. Raises BackupMissing, BackupDamaged when there is no way at all."""
-    manifest = choose(store, backup_id=backup_id, until_ms=until_ms)
+def plan(
+    store: ObjectStore,
+    *,
+    backup_id: str | None = None,
+    until_ms: int | None = None,
+    cluster_id: str | None = None,
+) -> Plan:
+    """How to come to a moment; from a backup of `cluster_id`, if that is given and none is named.
+    Raises BackupMissing, BackupDamaged when there is no way at all."""
+    manifest = choose(store, backup_id=backup_id, until_ms=until_ms, cluster_id=cluster_id)
     wholes = [_whole(manifest, shard) for shard in manifest.shards]
     if until_ms is None:
         return Plan(manifest, None, [ShardPlan((w,), w.base, 0, None, []) for w in wholes], [])
@@ -121,7 +129,7 @@ def plan(store: ObjectStore, *, backup_id: str | None = None, until_ms: int | No
         for lineage in lineages:
             made = _shard_plan(archive, lineage)
             shards.append(made)
-            faults += _origin_faults(store, lineage[0])
+            faults += _origin_faults(store, archive, lineage[0])
             if until_ms <= manifest.at_ms:
                 continue
             if made.unarchived is not None:
@@ -141,15 +149,42 @@ def _whole(manifest: Manifest, shard: ShardBackup) -> Part:
     return Part(shard.id, (info.slot_start, info.slot_end), shard.epoch, shard.applied_index)
 
 
-def _origin_faults(store: ObjectStore, part: Part) -> Iterator[str]:
-    if part.origin is not None:
-        try:
-            load(store, part.origin.backup).shard(part.shard)
-        except (BackupMissing, BackupDamaged, KeyError) as error:
-            yield (
-                f"{part.shard} was taken back to backup {part.origin.backup} at "
-                f"{format_ms(part.origin.at_ms)}, which cannot be read: {error}"
-            )
+def _origin_faults(store: ObjectStore, archive: Archive, part: Part) -> Iterator[str]:
+    """Why what a shard was taken back to cannot be had any more, or what that came from."""
+    origin = part.origin
+    if origin is None:
+        return
+    taken_back = (
+        f"{part.shard} was taken back to backup {origin.backup} at {format_ms(origin.at_ms)}"
+    )
+    try:
+        manifest = load(store, origin.backup)
+        whole = _whole(manifest, manifest.shard(part.shard))
+    except (BackupMissing, BackupDamaged, KeyError) as error:
+        yield f"{taken_back}, which cannot be read: {error}"
+        return
+    if origin.until_ms is None:
+        return
+    inner = _log_of(store, manifest, archive, part)
+    try:
+        (lineage,) = inner.lineages(whole, origin.until_ms)
+    except (RestoreImpossible, ValueError) as error:
+        yield f"{taken_back}, and the log after that does not lead to it: {error}"
+        return
+    for gap in inner.gaps_of(lineage, lineage[0].base):
+        if origin.upto is None or gap.first <= origin.upto:
+            yield f"{taken_back}, and entries {gap.first} to {gap.last} after that are missing"
+    if origin.upto is not None and inner.last_of(lineage[-1]) < origin.upto:
+        yield f"{taken_back}, and the log after that ends before entry {origin.upto}"
+    yield from _origin_faults(store, inner, lineage[0])
+
+
+def _log_of(store: ObjectStore, manifest: Manifest, archive: Archive, part: Part) -> Archive:
+    """By which a shard came to what it was taken back to when `part` began. In its own cluster that
+    is what was there before; so this comes to an end."""
+    if manifest.cluster_id == archive.cluster_id:
+        return archive.before(part.shard, part.epoch)
+    return Archive(store, manifest.cluster_id)
 
 
 def _shard_plan(archive: Archive, lineage: Lineage) -> ShardPlan:
@@ -176,13 +211,17 @@ def fetch_shard(
     folder: Path,
     *,
     until_ms: int | None = None,
+    upto: int | None = None,
     lineage: Lineage | None = None,
+    archive: Archive | None = None,
     progress: Progress | None = None,
     map_bytes: int = MAP_BYTES_DEFAULT,
 ) -> Fetched:
     """Make `folder` the shard as it was at the cut, or at `until_ms`. Blocks; one thread only.
 
-    `lineage`: as it was planned, for what the shard was split into by then (`ShardPlan`).
+    `lineage`: as it was planned, for what the shard was split into by then (`ShardPlan`). `upto`:
+    the last entry of the log that may count; with it the result is one and the same at any time,
+    whatever is archived later. `archive`: the log, if not all of the manifest's cluster.
 
     Every chunk and the rolling digest are checked before anything is replayed, and the content
     digest when nothing was. Raises BackupDamaged, BackupMissing, BackupUnreachable,
@@ -193,24 +232,30 @@ def fetch_shard(
     if folder.exists():
         raise InternalError(f"{folder} is there already: a restore must not replace it.")
     staged = folder.with_name(folder.name + ".fetch")
-    lineage = lineage or _lineage(store, manifest, _shard_of(manifest, shard_id), until_ms)
+    if folder.name.count(_ORIGIN) > _ORIGINS_MAX:
+        raise RestoreImpossible(
+            f"Shard {shard_id} was taken back more than {_ORIGINS_MAX} times one after the other.",
+            hint="Restore from a backup made after the last of them.",
+        )
+    archive = archive or Archive(store, manifest.cluster_id)
+    lineage = lineage or _lineage(archive, manifest, _shard_of(manifest, shard_id), until_ms)
     first = lineage[0]
     if first.origin is not None:
         manifest = load(store, first.origin.backup)
     shard = _shard_of(manifest, first.shard)
-    _claim(staged, f"{manifest.id} {shard.digest.hex()} {until_ms} {lineage}")
+    _claim(staged, f"{manifest.id} {shard.digest.hex()} {until_ms} {upto} {lineage}")
     if len(lineage) > 1:
         discard(staged)  # how far an interrupted attempt had come in which part, nobody knows
     if not staged.exists():
         if first.origin is None:
             _download(store, shard, staged, progress)
         else:
-            _take_back(store, manifest, first, first.origin, staged, progress, map_bytes)
+            _take_back(store, manifest, archive, first, first.origin, staged, progress, map_bytes)
     dim = manifest.model.dim
     replayed = 0
     if until_ms is not None:
         replayed = _replay(
-            store, manifest, shard, lineage, staged, dim, until_ms, progress, map_bytes
+            archive, manifest, shard, lineage, staged, dim, until_ms, upto, progress, map_bytes
         )
     fetched = _look(staged, dim, replayed)
     if len(lineage) == 1 and not replayed and first.origin is None:
@@ -223,13 +268,13 @@ def fetch_shard(
 
 
 def _lineage(
-    store: ObjectStore, manifest: Manifest, shard: ShardBackup, until_ms: int | None
+    archive: Archive, manifest: Manifest, shard: ShardBackup, until_ms: int | None
 ) -> Lineage:
     """Of a shard that is still one. Raises RestoreImpossible when it was split by then."""
     whole = _whole(manifest, shard)
     if until_ms is None:
         return (whole,)
-    lineages = Archive(store, manifest.cluster_id).lineages(whole, until_ms)
+    lineages = archive.lineages(whole, until_ms)
     if len(lineages) == 1:
         return lineages[0]
     into = ", ".join(one[-1].shard for one in lineages)
@@ -282,6 +327,7 @@ def _download(store: ObjectStore, shard: ShardBackup, staged: Path, progress: Pr
 def _take_back(
     store: ObjectStore,
     manifest: Manifest,
+    archive: Archive,
     part: Part,
     origin: Origin,
     staged: Path,
@@ -297,6 +343,8 @@ def _take_back(
             part.shard,
             made,
             until_ms=origin.until_ms,
+            upto=origin.upto,
+            archive=_log_of(store, manifest, archive, part),
             progress=progress,
             map_bytes=map_bytes,
         )
@@ -321,13 +369,14 @@ def _take_back(
 
 
 def _replay(
-    store: ObjectStore,
+    archive: Archive,
     manifest: Manifest,
     shard: ShardBackup,
     lineage: Lineage,
     staged: Path,
     dim: int,
     until_ms: int,
+    upto: int | None,
     progress: Progress,
     map_bytes: int,
 ) -> int:
@@ -341,7 +390,6 @@ def _replay(
             f"after {format_ms(until_ms)}.",
             hint="Choose an older backup, or leave the choice to the command.",
         )
-    archive = Archive(store, manifest.cluster_id)
     open_shard = _open(staged, shard.id, dim, map_bytes)
     try:
         start = open_shard.applied_index
@@ -355,9 +403,9 @@ def _replay(
                     raise gap_error(part.shard, Gap(open_shard.applied_index + 1, part.base))
                 _restrict(open_shard, part, progress)
                 epoch = part.epoch
-            entries = archive.entries(
-                part.shard, open_shard.applied_index, epoch, until_ms, part.slots
-            )
+            end = upto if part is lineage[-1] else None
+            done = open_shard.applied_index
+            entries = archive.entries(part.shard, done, epoch, until_ms, part.slots, end)
             if not _apply_until(open_shard, entries, until_ms, progress):
                 if part is not lineage[-1]:
                     _restrict(open_shard, lineage[-1], progress)
@@ -373,7 +421,10 @@ def _restrict(shard: Shard, part: Part, progress: Progress) -> None:
 
 
 def _apply_until(
-    shard: Shard, batches: Iterator[list[Entry]], until_ms: int, progress: Progress
+    shard: Shard,
+    batches: Iterator[list[Entry]],
+    until_ms: int,
+    progress: Progress,
 ) -> bool:
     """Whether all of them were of that moment or before it."""
     for batch in batches:

@@ -22,12 +22,13 @@ _REWOUND: Final = 3  # beside the kinds of `agentmem_cluster.epochs.commands`
 
 class Origin(NamedTuple):
     """Epoch `epoch` of a shard began, at `at_ms` on its leader's clock, with what the shard was in
-    a backup (`until_ms` None) or at a moment after it. `digest`: the rolling one that it had there,
-    or empty when who wrote this had been started again since."""
+    a backup (`until_ms` None) or at a moment after it, by its log up to entry `upto`. `digest`: the
+    rolling one that it had there, or empty when who wrote this had been started again since."""
 
     epoch: int
     backup: str
     until_ms: int | None
+    upto: int | None
     at_ms: int
     digest: bytes
 
@@ -45,13 +46,14 @@ def decode(command: bytes) -> Origin | None:
         value: Any = msgpack.unpackb(command[1:])
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         return None
-    if type(value) is not list or len(value) != 7 or value[:2] != [FORMAT, _REWOUND]:
+    if type(value) is not list or len(value) != 8 or value[:2] != [FORMAT, _REWOUND]:
         return None
     found = Origin(*value[2:])
     is_one = (
         type(found.epoch) is int
         and type(found.backup) is str
         and (found.until_ms is None or type(found.until_ms) is int)
+        and (found.upto is None or type(found.upto) is int)
         and type(found.at_ms) is int
         and type(found.digest) is bytes
         and len(found.digest) in (0, DIGEST_BYTES)

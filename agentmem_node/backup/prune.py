@@ -100,6 +100,7 @@ def _prune(
 
 def _split(store: ObjectStore, keep: int) -> tuple[list[mf.Manifest], list[mf.Manifest]]:
     by_cluster: dict[str, list[mf.Manifest]] = {}
+    newest: set[str] = set()
     for item in listed(store):
         if item.manifest is None:
             raise BackupDamaged(
@@ -109,16 +110,17 @@ def _split(store: ObjectStore, keep: int) -> tuple[list[mf.Manifest], list[mf.Ma
                 object=mf.manifest_name(item.id),
             )
         by_cluster.setdefault(item.manifest.cluster_id, []).append(item.manifest)
-    kept, old = [], []
     for manifests in by_cluster.values():
-        needed = _needed(store, manifests, {m.id for m in manifests[-keep:]})
-        kept += [m for m in manifests if m.id in needed]
-        old += [m for m in manifests if m.id not in needed]
+        newest |= {manifest.id for manifest in manifests[-keep:]}
+    everything = [manifest for manifests in by_cluster.values() for manifest in manifests]
+    needed = _needed(store, everything, newest)
+    kept = [manifest for manifest in everything if manifest.id in needed]
+    old = [manifest for manifest in everything if manifest.id not in needed]
     return sorted(kept, key=lambda m: m.at_ms), sorted(old, key=lambda m: m.at_ms)
 
 
 def _needed(store: ObjectStore, manifests: list[mf.Manifest], kept: set[str]) -> set[str]:
-    """Those, and what the cluster was taken back to since: moments after that begin there."""
+    """Those, and what their clusters were taken back to since: moments after that begin there."""
     by_id = {manifest.id: manifest for manifest in manifests}
     needed: set[str] = set()
     todo = set(kept)

@@ -26,6 +26,7 @@ from agentmem_cluster.epochs.reports import Staging
 from agentmem_cluster.errors import (
     AgentMemError,
     BadRequest,
+    DeadlineExceeded,
     DiskFull,
     InternalError,
     NotLeader,
@@ -43,7 +44,7 @@ from agentmem_cluster.shardmap import ShardInfo, ShardMap
 from agentmem_node.engine.shard import Shard
 from agentmem_node.service.copying import Pace, Paused, Sources, asker, receive, tail
 from agentmem_node.service.routing import LocalShard, Routing
-from agentmem_node.service.threads import unless_called_off
+from agentmem_node.service.threads import unless_called_off, until_over
 from agentmem_node.storage.checkpoint import (
     DATA_NAME,
     RecordDamaged,
@@ -413,6 +414,18 @@ class Replicas:
         except OSError as error:
             log.warning("cannot remove %s: %s", folder, error)
 
+    def _remove_fetched(self, folder: Path) -> None:
+        """What was fetched out of a backup so far, for a copy that is not wanted any more."""
+        for path in sorted(folder.parent.glob(f"{folder.name}.fetch*")):
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        if path.is_dir():
+            self._discard(path)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
     def _tidy_up(self) -> None:
         """Folders that a crash left behind: copies are kept to go on with, all else is removed."""
         if not self._folder.is_dir():
@@ -447,11 +460,7 @@ class Replicas:
             if self._node_id in info.members and not is_here:
                 continue  # a copy goes on with it, or what was put aside may be the last there is
             log.info("removing %s, which is of no more use", path)
-            if path.is_dir():
-                self._discard(path)
-            else:
-                with suppress(OSError):
-                    path.unlink()
+            self._remove(path)
 
     # -- beginning an epoch ----------------------------------------------------------------------
 
@@ -472,19 +481,25 @@ class Replicas:
             )
             if is_fenced(change.old_members, closed):
                 failpoint("epoch.after_fence")
-                deadline = self._clock.monotonic() + _CALL_S
                 try:
                     if change.source:
-                        digest = self._rebased.get(shard, b"")
-                        now_ms = self._clock.wall_ms()
-                        entry = self.origin_entry(change.source, info.epoch, digest, now_ms)
-                        await local.group.propose(entry, deadline=deadline)
+                        await self._say_origin(local, change)
+                    deadline = self._clock.monotonic() + _CALL_S
                     await local.group.propose(encode(Begin(info.epoch)), deadline=deadline)
                     failpoint("epoch.after_begin")
                 except AgentMemError as error:
                     log.info("epoch %d of %s does not begin yet: %s", info.epoch, shard, error)
                 continue
             await asyncio.sleep(_BUSY_S)
+
+    async def _say_origin(self, local: LocalShard, change: Change) -> None:
+        shard, epoch = local.info.id, local.info.epoch
+        digest, now_ms = self._rebased.get(shard, b""), self._clock.wall_ms()
+        deadline = self._clock.monotonic() + _CALL_S
+        # If it takes long it is in the log all the same, before the entry that begins the epoch.
+        with suppress(DeadlineExceeded):
+            entry = self.origin_entry(change.source, epoch, digest, now_ms)
+            await local.group.propose(entry, deadline=deadline)
 
     async def _ask_to_close(self, member: str, change: Change, closed: set[str]) -> None:
         if member == self._node_id:
@@ -568,7 +583,7 @@ class Replicas:
         async def run() -> None:
             try:
                 if before is not None:
-                    await asyncio.wait([before])  # it may have a thread that has not ended
+                    await until_over(before)  # it may have a thread that has not ended
             except BaseException:
                 work.close()
                 raise
@@ -628,7 +643,12 @@ class Replicas:
                     staged.done_bytes, staged.total_bytes = done, total
 
                 fetching = partial(self.fetch, change.source, change.shard, folder, progress)
-                await unless_called_off(called_off.set, fetching)
+                try:
+                    await unless_called_off(called_off.set, fetching)
+                except asyncio.CancelledError:
+                    if self.set.staged.get(staged.info.id) is not staged:
+                        self._remove_fetched(folder)  # nobody goes on with it
+                    raise
                 state = self._open_shard(staged.info.id, folder)
                 staged.machine = EpochMachine(state, staged.follows)
             await self._make_durable(staged)

@@ -38,11 +38,13 @@ class _Shown(Progress):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Where a change of epoch takes its state from, as `Change.source` keeps it."""
+    """Where a change of epoch takes its state from, as `Change.source` keeps it. `upto`: the last
+    entry that was archived when it was planned: what comes later counts for no member."""
 
     url: str
     backup: str
     until_ms: int | None = None
+    upto: int | None = None
 
 
 async def rewind_steps(
@@ -51,7 +53,9 @@ async def rewind_steps(
     """One step a shard. Raises BackupMissing, BackupDamaged, BackupUnreachable,
     RestoreImpossible."""
     found = await asyncio.to_thread(
-        lambda: plan(open_store(url), backup_id=backup_id, until_ms=until_ms)
+        lambda: plan(
+            open_store(url), backup_id=backup_id, until_ms=until_ms, cluster_id=view.cluster_id
+        )
     )
     if found.faults:
         raise RestoreImpossible(
@@ -74,7 +78,7 @@ async def rewind_steps(
             hint="`agentmem backup restore --everything` writes the memories of any backup into "
             "an empty cluster of any size.",
         )
-    source = msgspec.json.encode(Source(url, manifest.id, until_ms)).decode()
+    upto = {s.id: s.archived_to for s in found.shards} if until_ms is not None else {}
     moment = format_ms(manifest.at_ms if until_ms is None else until_ms)
     return [
         StoredStep(
@@ -82,7 +86,9 @@ async def rewind_steps(
             members=list(info.members),
             preferred=info.preferred_leader,
             reason=f"back to {moment}",
-            source=source,
+            source=msgspec.json.encode(
+                Source(url, manifest.id, until_ms, upto.get(info.id))
+            ).decode(),
         )
         for info in view.map.shards.values()
     ]
@@ -91,7 +97,9 @@ async def rewind_steps(
 def origin_entry(source: str, epoch: int, digest: bytes, at_ms: int) -> bytes:
     """What the log of an epoch says first when its state came from `source`. Raises as `fetch`."""
     wanted = _source(source)
-    return encode(Origin(epoch, wanted.backup, wanted.until_ms, at_ms, digest))
+    # After what it holds, whatever this clock says: else it would be its own origin.
+    at_ms = max(at_ms, 1 + (wanted.until_ms or 0))
+    return encode(Origin(epoch, wanted.backup, wanted.until_ms, wanted.upto, at_ms, digest))
 
 
 def fetch(source: str, shard: str, folder: Path, progress: Callable[[int, int], None]) -> None:
@@ -99,7 +107,15 @@ def fetch(source: str, shard: str, folder: Path, progress: Callable[[int, int], 
     wanted = _source(source)
     store = open_store(wanted.url)
     manifest = load(store, wanted.backup)
-    fetch_shard(store, manifest, shard, folder, until_ms=wanted.until_ms, progress=_Shown(progress))
+    fetch_shard(
+        store,
+        manifest,
+        shard,
+        folder,
+        until_ms=wanted.until_ms,
+        upto=wanted.upto,
+        progress=_Shown(progress),
+    )
 
 
 def _source(source: str) -> Source:

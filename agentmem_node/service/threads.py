@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,11 +25,19 @@ async def unless_called_off(
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         call_off()
-        while not running.done():
-            try:
-                await asyncio.wait([running])
-            except asyncio.CancelledError:
-                continue
+        await until_over(running)
         if not running.cancelled():
             running.exception()  # nobody asks for it any more
         raise
+
+
+async def until_over(task: asyncio.Future[Any]) -> None:
+    """Wait for a task, whoever is impatient meanwhile: a cancellation counts afterwards."""
+    is_cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if is_cancelled:
+        raise asyncio.CancelledError

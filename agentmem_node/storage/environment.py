@@ -166,6 +166,7 @@ class Environment:
         self.txn: Any = None
         self.db: dict[str, Any] = {}
         self.durable_state = checkpoint.state
+        self.is_touched = False  # rows were changed that the state does not tell of
         self.is_summed = False  # the sums are of these rows
         try:
             fault = self._start(databases, added_later)
@@ -287,11 +288,13 @@ class Environment:
     def begin_checkpoint(self) -> CheckpointJob | None:
         """Commit, pin the snapshot and return the job that makes it durable.
 
-        None while an earlier job is not done, or when nothing has changed since.
+        None while an earlier job is not done, or when nothing has changed since: neither the state
+        nor, as `is_touched` says, rows alone.
         """
         state = self.state()
-        if self._job is not None or state == self.durable_state:
+        if self._job is not None or (state == self.durable_state and not self.is_touched):
             return None
+        self.is_touched = False
         self._commit(state, 0)
         # No commit may come between this one and the reading of the meta pages: both happen in
         # this call, on the only thread that writes.

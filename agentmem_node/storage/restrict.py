@@ -33,7 +33,7 @@ from agentmem_node.storage.store import Store
 
 # Rows that are changed between two commits and in one go: others wait for about five milliseconds.
 _BATCH: Final = 500
-_LOOKED_AT: Final = 10_000
+_LOOKED_AT: Final = 5_000
 
 T = TypeVar("T")
 
@@ -50,15 +50,23 @@ def trim(store: Store, slot_start: int, slot_end: int) -> Iterator[int]:
         outside = store.outside = Outside(slot_start, slot_end)
     if outside.is_trimmed:
         return
-    names = _names(store)
-    for located in _located_outside(store, outside):
+    names: dict[int, str] = {}
+    for rows in _pages(store, "scopes"):
+        names |= (_named(key, row) for key, row in rows)
+        yield len(outside.known)
+    for rows in _pages(store, "ids"):
+        located = [(key, *ID_ROW.unpack(row)) for key, row in rows if outside.covers(key[4:])]
+        located.sort(key=_number)  # neighbours share pages
+        yield len(outside.known)
         for batch in _batches(located):
             _reserve(store)
             for key, doc, deleted in batch:
                 _remove(store, outside, names, key, doc, deleted)
             yield len(outside.known)
-    _reserve(store)
-    _count_fewer(store, outside)
+    for rows in _pages(store, "scopes"):
+        _count_fewer(store, outside, rows)
+        yield len(outside.known)
+    store.scopes.forget()
     for _ in _cut_feed(store, outside):
         yield len(outside.known)
     outside.is_trimmed = True
@@ -105,6 +113,7 @@ class Outside:
 
 def _reserve(store: Store) -> None:
     """Removing copies pages before it frees them: at most about as many as there are."""
+    store.env.is_touched = True
     store.env.commit()
     store.env.reserve(_BATCH * 16_384)
 
@@ -113,35 +122,26 @@ def _batches(rows: Sequence[T]) -> Iterator[Sequence[T]]:
     return (rows[at : at + _BATCH] for at in range(0, len(rows), _BATCH))
 
 
-def _names(store: Store) -> dict[int, str]:
-    """The owner by the number of its scope."""
-    names = {}
-    for key, row in store.env.txn.cursor(db=store.env.db["scopes"]):
-        is_tenant = U32.unpack_from(key)[0] == 0
-        name = "" if is_tenant else bytes(row[SCOPE_HEAD.size :]).decode()
-        names[SCOPE_HEAD.unpack_from(row)[0]] = name
-    return names
-
-
-def _located_outside(store: Store, outside: Outside) -> Iterator[list[tuple[bytes, int, int]]]:
-    """Rows of `ids` of what is not the part's: its key, its number, the version that deleted it."""
+def _pages(store: Store, name: str) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Some thousand rows of a table at a time; others may change between two."""
     after = b""
     while True:
-        cursor = store.env.txn.cursor(db=store.env.db["ids"])
+        cursor = store.env.txn.cursor(db=store.env.db[name])
         found = cursor.set_range(after) if after else cursor.first()
-        rows = []
-        looked = 0
-        while found and looked < _LOOKED_AT:
-            key = bytes(cursor.key())
-            if outside.covers(key[U32.size :]):
-                rows.append((key, *ID_ROW.unpack(cursor.value())))
-            after = key + b"\0"
-            looked += 1
+        rows: list[tuple[bytes, bytes]] = []
+        while found and len(rows) < _LOOKED_AT:
+            rows.append((bytes(cursor.key()), bytes(cursor.value())))
             found = cursor.next()
-        rows.sort(key=_number)  # neighbours share pages
         yield rows
         if not found:
             return
+        after = rows[-1][0] + b"\0"
+
+
+def _named(key: bytes, row: bytes) -> tuple[int, str]:
+    """Of a scope: its number, and the owner that it is."""
+    is_tenant = U32.unpack_from(key)[0] == 0
+    return SCOPE_HEAD.unpack_from(row)[0], "" if is_tenant else row[SCOPE_HEAD.size :].decode()
 
 
 def _number(row: tuple[bytes, int, int]) -> int:
@@ -178,18 +178,16 @@ def _remove_history(store: Store, doc: int) -> None:
         found = cursor.delete() and bool(cursor.key())
 
 
-def _count_fewer(store: Store, outside: Outside) -> None:
-    txn, db = store.env.txn, store.env.db["scopes"]
-    changed = []
-    for key, row in txn.cursor(db=db):
+def _count_fewer(store: Store, outside: Outside, rows: list[tuple[bytes, bytes]]) -> None:
+    if not any(outside.fewer.values()):
+        return
+    _reserve(store)
+    for key, row in rows:
         number, memories = SCOPE_HEAD.unpack_from(row)
-        if outside.fewer[number]:
-            head = SCOPE_HEAD.pack(number, memories - outside.fewer[number])
-            changed.append((bytes(key), head + row[SCOPE_HEAD.size :]))
-    for key, row in changed:
-        txn.put(key, row, db=db)
-    outside.fewer.clear()
-    store.scopes.forget()
+        fewer = outside.fewer.pop(number, 0)
+        if fewer:
+            head = SCOPE_HEAD.pack(number, memories - fewer)
+            store.env.txn.put(key, head + row[SCOPE_HEAD.size :], db=store.env.db["scopes"])
 
 
 def _cut_feed(store: Store, outside: Outside) -> Iterator[None]:

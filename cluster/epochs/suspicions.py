@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+# How many times as long as it takes to be certain may pass between two looks.
+_GLIMPSES: Final = 4
 
 
 class Subject(NamedTuple):
@@ -12,6 +15,12 @@ class Subject(NamedTuple):
     shard: str
     epoch: int
     member: str
+
+
+class _Found(NamedTuple):
+    wrong: str
+    since_s: float
+    seen_s: float
 
 
 class Suspicions:
@@ -23,23 +32,27 @@ class Suspicions:
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
-        self._since: dict[Subject, tuple[str, float]] = {}
+        self._found: dict[Subject, _Found] = {}
 
     def saw(self, subject: Subject, wrong: str, now_s: float) -> None:
         """`wrong`: what is wrong with it, "" when nothing is."""
         if not wrong:
-            self._since.pop(subject, None)
-        elif self._since.get(subject, ("", 0.0))[0] != wrong:
-            self._since[subject] = (wrong, now_s)
+            self._found.pop(subject, None)
+            return
+        known = self._found.get(subject)
+        # Two glimpses far from each other say nothing of the time between.
+        is_lost = known is None or now_s - known.seen_s > _GLIMPSES * self._patience_s
+        since_s = now_s if known is None or is_lost or known.wrong != wrong else known.since_s
+        self._found[subject] = _Found(wrong, since_s, now_s)
 
     def is_certain(self, subject: Subject, now_s: float) -> bool:
         """Whether it has looked wrong, in the same way, for long enough."""
-        known = self._since.get(subject)
-        return known is not None and now_s - known[1] >= self._patience_s
+        known = self._found.get(subject)
+        return known is not None and now_s - known.since_s >= self._patience_s
 
     def keep(self, concerns: Callable[[Subject], bool]) -> None:
         """Forget all others: their epoch is over or is being ended."""
-        self._since = {one: since for one, since in self._since.items() if concerns(one)}
+        self._found = {one: found for one, found in self._found.items() if concerns(one)}
 
     def clear(self) -> None:
-        self._since.clear()
+        self._found.clear()

@@ -79,6 +79,7 @@ class SmallCluster:
 
     path: Path
     shards: int = 2
+    cluster_id: str = CLUSTER
     open: dict[str, Shard] = field(default_factory=dict)
     log: dict[str, list[Entry]] = field(default_factory=dict)
 
@@ -129,7 +130,7 @@ class SmallCluster:
                 snapshot.close()
         manifest = Manifest(
             id=new_id(at_ms, (at_ms % (1 << 24)).to_bytes(3, "big")),
-            cluster_id=CLUSTER,
+            cluster_id=self.cluster_id,
             cluster_name="test",
             version="0",
             at_ms=at_ms,
@@ -143,7 +144,7 @@ class SmallCluster:
 
     def archive(self, store: ObjectStore, cuts: Sequence[int], reached_ms: int) -> None:
         """Archive everything, in segments that end at each of `cuts` and at the end."""
-        archive = Archive(store, CLUSTER)
+        archive = Archive(store, self.cluster_id)
         for name, entries in self.log.items():
             begin = 0
             for end in sorted({*(cut for cut in cuts if cut < len(entries)), len(entries)}):

@@ -64,7 +64,7 @@ class Rewinding(Splitting):
         }
         manifest = Manifest(
             id=new_id(self.now_ms, (self.now_ms % (1 << 24)).to_bytes(3, "big")),
-            cluster_id=CLUSTER,
+            cluster_id=self.cluster_id,
             cluster_name="test",
             version="0",
             at_ms=self.now_ms,
@@ -76,16 +76,32 @@ class Rewinding(Splitting):
         self.store.put(manifest_name(manifest.id), encode(manifest))
         return manifest
 
-    def take_back(self, manifest: Manifest, until_ms: int | None = None) -> None:
-        """Every shard in turn, with writes to the others between."""
+    def take_back(
+        self, manifest: Manifest, until_ms: int | None = None, clock_ms: int | None = None
+    ) -> None:
+        """Every shard in turn. `clock_ms`: what the clock of the next epoch's leader shows."""
         self.archive()
+        planned = plan(self.store, backup_id=manifest.id, until_ms=until_ms)
+        assert planned.faults == []
+        ends = {shard.id: shard.archived_to for shard in planned.shards}
         for name in list(self.shards):
             self.now_ms += 1
-            sealed = self._seal(name)
-            self.archive()
             self.rewinds += 1
             folder = self.folder / f"{name}-back-{self.rewinds}"
-            fetch_shard(self.store, manifest, name, folder, until_ms=until_ms, map_bytes=MAP_BYTES)
+            upto = None if until_ms is None else ends[name]
+            fetch_shard(
+                self.store,
+                manifest,
+                name,
+                folder,
+                until_ms=until_ms,
+                upto=upto,
+                map_bytes=MAP_BYTES,
+            )
+            if self.chance.random() < 0.5:
+                self.write(2, into=name)  # they are undone, and so is their log
+            sealed = self._seal(name)
+            self.archive()
             self.shards[name].close()
             shard = Shard.open(folder, name, dim=DIM, map_size=MAP_BYTES)
             digest = shard.digest()
@@ -93,7 +109,8 @@ class Rewinding(Splitting):
             shard.rebase(base, self.epochs[name])
             epoch = self.epochs[name] + 1
             self._take(name, shard, self.slots[name], epoch)
-            origin = Origin(epoch, manifest.id, until_ms, self.now_ms, digest)
+            at_ms = self.now_ms if clock_ms is None else clock_ms
+            origin = Origin(epoch, manifest.id, until_ms, upto, at_ms, digest)
             for command in (b"", origin_entry(origin), control(Begin(epoch))):
                 self._apply(name, Entry(shard.applied_index + 1, 3, command))
             self.archive()
@@ -206,7 +223,7 @@ def test_what_it_was_taken_back_to_must_have_the_digest_of_then(
     rewinding.archive()
     sealed = rewinding._seal("s00")
     rewinding.archive()
-    origin = Origin(2, first.id, None, rewinding.now_ms, b"x" * 32)
+    origin = Origin(2, first.id, None, None, rewinding.now_ms, b"x" * 32)
     rewinding._take("s00", rewinding.shards["s00"], (0, SLOTS), 2)
     rewinding.logs["s00", 2] = [
         Entry(sealed + 2, 2, origin_entry(origin)),
@@ -222,6 +239,90 @@ def test_what_it_was_taken_back_to_must_have_the_digest_of_then(
             until_ms=rewinding.now_ms + 5,
             map_bytes=MAP_BYTES,
         )
+    rewinding.close()
+
+
+def test_a_shard_that_was_idle_since_the_moment_it_was_taken_back_to(
+    rewinding: Rewinding, tmp_path: Path
+) -> None:
+    """Nothing in the log says where that moment ends: only up to which entry it was planned."""
+    first = rewinding.begin()
+    rewinding.write(8)
+    rewinding.record()
+    moment_ms = rewinding.recorded[0][0]
+    rewinding.now_ms += 1_000
+    rewinding.take_back(first, moment_ms)
+    rewinding.write(8)
+    rewinding.record()
+    rewinding.archive()
+    until_ms, shards, content = rewinding.recorded[-1]
+    assert rebuilt(rewinding.store, first, tmp_path, until_ms) == (shards, content)
+    rewinding.close()
+
+
+def test_a_leader_whose_clock_is_behind_makes_no_rewind_its_own_origin(
+    rewinding: Rewinding, tmp_path: Path
+) -> None:
+    first = rewinding.begin()
+    rewinding.write(8)
+    rewinding.record()
+    moment_ms = rewinding.recorded[0][0]
+    rewinding.now_ms += 1_000
+    rewinding.write(3)
+    rewinding.take_back(first, moment_ms, clock_ms=moment_ms - 50)
+    rewinding.write(8)
+    rewinding.record()
+    rewinding.archive()
+    until_ms, shards, content = rewinding.recorded[-1]
+    assert rebuilt(rewinding.store, first, tmp_path, until_ms) == (shards, content)
+    rewinding.close()
+
+
+def test_a_cluster_that_was_taken_back_to_the_backup_of_another(tmp_path: Path) -> None:
+    """Say, of the one that it replaced: that one's log is not its own."""
+    store = open_store(str(tmp_path / "store"))
+    old = Rewinding(tmp_path / "old", store, random.Random(5))
+    theirs = old.begin()
+    old.write(40)
+    old.archive()
+    new = Rewinding(
+        tmp_path / "new", store, random.Random(6), now_ms=old.now_ms + 9_000, cluster_id="b0b"
+    )
+    mine = new.begin()
+    new.write(8)
+    new.take_back(theirs)
+    new.write(8)
+    new.record()
+    new.archive()
+    until_ms, shards, content = new.recorded[-1]
+    assert rebuilt(store, mine, tmp_path / "back", until_ms) == (shards, content)
+    old.back_up()
+    kept = prune(store, 1, now_ms=lambda: new.now_ms, token="t", grace_ms=-(1 << 40)).kept
+    assert theirs.id in kept
+    assert rebuilt(store, mine, tmp_path / "again", until_ms) == (shards, content)
+    old.close()
+    new.close()
+
+
+def test_a_plan_says_what_is_missing_of_what_was_taken_back_to(
+    rewinding: Rewinding, tmp_path: Path
+) -> None:
+    first = rewinding.begin()
+    rewinding.write(8)
+    rewinding.archive()
+    rewinding.write(8)
+    rewinding.record()
+    rewinding.write(3)
+    rewinding.take_back(first, rewinding.recorded[0][0])
+    rewinding.write(8)
+    rewinding.record()
+    rewinding.archive()
+    until_ms = rewinding.recorded[-1][0]
+    assert plan(rewinding.store, until_ms=until_ms).faults == []
+    lost = Archive(rewinding.store, CLUSTER).segments("s00", 1)[0]
+    rewinding.store.delete(lost.name)
+    (fault,) = plan(rewinding.store, until_ms=until_ms).faults
+    assert f"entries {lost.first} to {lost.last} after that are missing" in fault
     rewinding.close()
 
 

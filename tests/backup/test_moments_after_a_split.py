@@ -54,10 +54,11 @@ class Splitting:
     first_of: dict[str, Entry] = field(default_factory=dict)  # of the epoch that a split began
     now_ms: int = START_MS
     kept: list[tuple[str, object, int]] = field(default_factory=list)
+    cluster_id: str = CLUSTER
 
     def begin(self) -> Manifest:
         """One shard, a backup of it, and some writes before that."""
-        small = SmallCluster(self.folder / "whole", 1)
+        small = SmallCluster(self.folder / "whole", 1, self.cluster_id)
         self._take("s00", small.open["s00"], (0, SLOTS), 1)
         self.write(20)
         made = small.backup(self.store, self.now_ms)
@@ -126,7 +127,7 @@ class Splitting:
             self._apply(part, self.first_of[part])
 
     def archive(self) -> None:
-        archive = Archive(self.store, CLUSTER)
+        archive = Archive(self.store, self.cluster_id)
         for (name, epoch), entries in self.logs.items():
             while entries:
                 size = self.chance.randint(1, len(entries))

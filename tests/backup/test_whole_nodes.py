@@ -24,7 +24,7 @@ from agentmem_node.service.backup_parts import BackupParts
 from agentmem_node.service.node import Node
 from tests.epochs.conftest import Cluster, run
 from tests.epochs.test_moving_a_shard import move
-from tests.epochs.test_operations import finished
+from tests.epochs.test_operations import finished, sound
 
 SHARD = "s00"
 USERS = [f"user{number}" for number in range(12)]
@@ -381,8 +381,9 @@ def test_a_moment_after_a_split_is_restored_from_a_backup_of_before(tmp_path: Pa
     run(scenario, 110)
 
 
+@pytest.mark.parametrize("to_a_moment", [False, True])
 def test_moments_before_and_after_a_rewind_are_restored_from_a_backup_of_before(
-    tmp_path: Path,
+    tmp_path: Path, to_a_moment: bool
 ) -> None:
     async def scenario() -> None:
         url = str(tmp_path / "store")
@@ -397,7 +398,10 @@ def test_moments_before_and_after_a_rewind_are_restored_from_a_backup_of_before(
         undone = [await cluster.add(user, f"{user} undone") for user in USERS]
         before_ms = node.clock.wall_ms()
         await asyncio.sleep(0.01)
-        wish = OperationWish(kind="rewind", url=url)
+        await cluster.until(lambda: not plan(store, until_ms=before_ms).faults, "that moment")
+        # To a moment since when nothing was written: then nothing in the log says where it ends.
+        at = format_ms(before_ms) if to_a_moment else None
+        wish = OperationWish(kind="rewind", url=url, at=at)
         done = await finished(cluster, await node.begin_operation(cluster.caller(node), wish))
         assert done.state == "done", done
         after = [await cluster.add(user, f"{user} after") for user in USERS]
@@ -405,8 +409,10 @@ def test_moments_before_and_after_a_rewind_are_restored_from_a_backup_of_before(
         await asyncio.sleep(0.01)
         for memory_id in (*before, *after):
             await cluster.delete(memory_id)
+        await sound(cluster)  # the digests of all replicas, too
         await cluster.until(lambda: not plan(store, until_ms=after_ms).faults, "the moment")
-        for until_ms, ids in ((before_ms, before + undone), (after_ms, before + after)):
+        kept = before + undone if to_a_moment else before
+        for until_ms, ids in ((before_ms, before + undone), (after_ms, kept + after)):
             found = plan(store, until_ms=until_ms)
             assert (found.faults, found.manifest.id) == ([], first.id)
             assert not any(shard.gaps for shard in found.shards)

@@ -48,3 +48,12 @@ def test_an_epoch_that_is_over_is_forgotten() -> None:
     suspicions.saw(LOST, "lost", 10.0)
     suspicions.keep(lambda one: one.epoch == 4)
     assert not suspicions.is_certain(LOST, 20.0)
+
+
+def test_two_glimpses_of_a_member_that_was_away_long_do_not_make_it_certain() -> None:
+    suspicions = Suspicions(3.0)
+    suspicions.saw(LOST, "lost", 10.0)  # it was starting
+    suspicions.saw(LOST, "lost", 200.0)  # and is again
+    assert not suspicions.is_certain(LOST, 200.0)
+    suspicions.saw(LOST, "lost", 203.0)
+    assert suspicions.is_certain(LOST, 203.0)
