@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -372,7 +373,7 @@ class Archive:
         maximum. It ends where the shard has not `slots` any more, because it was split: `lineages`
         says into what. Raises RestoreImpossible at a gap; BackupDamaged, BackupMissing.
         """
-        chain = _Chain(self, self.segments(shard), epoch, until_ms)
+        chain = _Chain(self, self.segments(shard), epoch, until_ms, upto)
         expected = after + 1
         reading = epoch
         is_past = False
@@ -424,12 +425,19 @@ class _Chain:
     moments after it began, or, where its log does not say when, after its own first write."""
 
     def __init__(
-        self, archive: Archive, segments: list[Segment], epoch: int, until_ms: int | None
+        self,
+        archive: Archive,
+        segments: list[Segment],
+        epoch: int,
+        until_ms: int | None,
+        upto: int | None = None,
     ) -> None:
+        """`upto`: the last entry that counts. What came behind it says nothing either."""
+        self._upto = math.inf if upto is None else upto
         self.left_out: int | None = None  # the first entry of the epochs that begin too late
         self._by_epoch: dict[int, list[Segment]] = {}
         for segment in segments:
-            if segment.epoch >= epoch:
+            if segment.epoch >= epoch and segment.first <= self._upto:
                 self._by_epoch.setdefault(segment.epoch, []).append(segment)
         if until_ms is None:
             return
@@ -447,7 +455,7 @@ class _Chain:
         for segment in segments:
             for entry in archive.read(segment).entries:
                 at_ms = at_ms_of(entry.command)
-                if at_ms is not None:
+                if at_ms is not None and entry.index <= self._upto:
                     return at_ms > until_ms
         return False
 

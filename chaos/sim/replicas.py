@@ -230,7 +230,12 @@ class SimReplicas:
             ):
                 self._make_usable(staged, machine)
         if self.set.map is not None:
-            for staged in self.set.drop_copies(list(self.set.staged.values())):
+            try:
+                dropped = self.set.drop_copies(list(self.set.staged.values()))
+            except OSError as error:
+                self._home.tell(f"cannot forget what it copied: {error}")
+                dropped = []
+            for staged in dropped:
                 copy = self._copies.pop(staged.info.id, None)
                 if copy is not None:
                     copy.over = True

@@ -326,7 +326,7 @@ def test_a_plan_says_what_is_missing_of_what_was_taken_back_to(
     rewinding.close()
 
 
-@pytest.mark.parametrize("rewinding", range(200, 212), indirect=True)
+@pytest.mark.parametrize("rewinding", [*range(200, 212), 363, 377], indirect=True)
 def test_any_moment_of_any_history(rewinding: Rewinding, tmp_path: Path) -> None:
     chance = rewinding.chance
     backups = [rewinding.begin()]
