@@ -21,6 +21,7 @@ from agentmem_chaos.runs.ready import wait_ready
 PATH = "/api/v1/cluster/operations"
 TOKENS_PATH = "/api/v1/cluster/join-tokens"
 NODES_MAX = 6
+SHARDS_MAX = 12
 END_S_MAX = 60.0
 ASK_S_MAX = 15.0
 _BEGIN_TRIES = 20
@@ -163,6 +164,40 @@ class MoveAndCut(_Operation):
         await super().undo(field)
 
 
+def a_split(field: Field) -> dict[str, str]:
+    """Of any shard; when there are many, replicas are spread instead."""
+    shards = sorted(field.members())
+    if len(shards) >= SHARDS_MAX:
+        return {"kind": "rebalance"}
+    return {"kind": "split", "shard": field.chance.choice(shards)}
+
+
+class SplitShard(_Operation):
+    name: ClassVar[str] = "split-shard"
+    description: ClassVar[str] = "a shard becomes two"
+
+    def wish(self, field: Field) -> dict[str, str]:
+        return a_split(field)
+
+
+class SplitAndKill(_Operation):
+    """The leader of the shard dies in the middle, is started, and the split must still end."""
+
+    name: ClassVar[str] = "split-and-kill"
+    description: ClassVar[str] = "a shard becomes two, and its leader is killed meanwhile"
+
+    def wish(self, field: Field) -> dict[str, str]:
+        return a_split(field)
+
+    async def meanwhile(self, field: Field, wish: Mapping[str, str]) -> str:
+        await asyncio.sleep(field.chance.uniform(*_KILL_AFTER_S))
+        node = field.leaders().get(wish.get("shard", ""), field.a_leader())
+        self.victims = frozenset({node})
+        await field.hosts.kill(node)
+        await field.hosts.start(node)
+        return f", {node} killed"
+
+
 class Drain(_Operation):
     name: ClassVar[str] = "drain-node"
     description: ClassVar[str] = "a node gives all its replicas away, and may have some again"
@@ -216,6 +251,8 @@ MEMBERSHIP: tuple[type[Nemesis], ...] = (
     MoveShard,
     MoveAndKill,
     MoveAndCut,
+    SplitShard,
+    SplitAndKill,
     Drain,
     Rebalance,
     JoinNode,

@@ -36,6 +36,7 @@ CUTS = (
 )
 WIRES = ("latency", "bandwidth", "cut-after-send", "peer-cut-after-send", "reset-peers")
 MOVES = ("move-shard", "move-and-kill", "move-and-cut", "drain-node", "rebalance")
+SPLITS = ("split-shard", "split-and-kill", "move-and-kill", "kill-leader")
 GROWTH = ("join-node", "kill-leader", "partition-one")
 DAMAGED = (
     "flip-journal",
@@ -85,6 +86,11 @@ NAMED: dict[str, Scenario] = {
             else []
         ),
         *(
+            [Scenario("splits", "shards are split while nodes die", "mixed", SPLITS, nodes=4)]
+            if set(SPLITS) <= set(NEMESES)
+            else []
+        ),
+        *(
             [Scenario("joins", "nodes join and are given shards", "mixed", GROWTH)]
             if set(GROWTH) <= set(NEMESES)
             else []
@@ -118,6 +124,8 @@ NAMED: dict[str, Scenario] = {
                 *DAMAGED,
                 "flip-lmdb",
                 *MOVES,
+                "split-shard",
+                "split-and-kill",
             ),
             nodes=4,
         ),

@@ -102,12 +102,13 @@ def test_an_interrupted_run_ends_everything_and_still_reports(tmp_path: Path) ->
     assert result["figures"]["ok"] > 0
 
 
-def test_moves_while_a_leader_dies_break_no_claim(tmp_path: Path) -> None:
-    scenario = "mixed+move-and-kill+drain-node"
+def test_moves_and_splits_while_a_leader_dies_break_no_claim(tmp_path: Path) -> None:
+    scenario = "mixed+move-and-kill+split-and-kill"
     process = started(tmp_path, "run", scenario, "--nodes", "4", "--seconds", "15", "--seed", "1")
     result = everything_held(tmp_path, *finished(process))
-    moved = [fault for fault in result["faults"] if fault["nemesis"] == "move-and-kill"]
-    assert moved and all("killed" in fault["what"] for fault in moved)
+    for nemesis in ("move-and-kill", "split-and-kill"):
+        struck = [fault for fault in result["faults"] if fault["nemesis"] == nemesis]
+        assert struck and all("killed" in fault["what"] for fault in struck)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
