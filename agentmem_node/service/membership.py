@@ -218,13 +218,11 @@ class Membership:
             return
         view = self.view
         if view is None:
-            if not await self._is_untouched():
+            if self._record.closed.get(GROUP_META, 0) or not await self._is_untouched():
                 return
-            # A majority of the founders holds nothing, so there is nothing that could be lost.
-            self._record.is_admitted = True
-        elif view.meta is not None and view.meta.epoch > 1:
-            return
-        if not self._record.may_take_part(GROUP_META, 1):
+            # A majority of the founders holds nothing, so there is nothing that could be lost. In
+            # anything but this group it takes part when the cluster knows its disk, as all do.
+        elif (view.meta is not None and view.meta.epoch > 1) or not self._record.may_take_part(GROUP_META, 1):
             return
         self._voters.found()
         self._host.wake()

@@ -78,7 +78,10 @@ class Voters:
     def found(self) -> None:
         """Take a founder's place, with nothing. Raises OSError."""
         with self._record.kept(self._disk):
-            self._record.hold(GROUP_META, Held(1, META_FOLDER))
+            if self._record.is_admitted:
+                self._record.hold(GROUP_META, Held(1, META_FOLDER))
+            else:
+                self._record.found(GROUP_META, Held(1, META_FOLDER))
         self.open()
 
     def open(self) -> None:

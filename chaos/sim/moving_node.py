@@ -57,12 +57,11 @@ class MovingNode(SimNode):
     def _open_groups(self, core: NodeCore, journal: Journal) -> None:
         chance = stream(self.plan.seed, f"record/{self.name}/{self.boot_number}")
         record = open_record(self.disk, journal.groups(), SimRng(chance))
-        if self._is_founder and not record.is_admitted:
+        if self._is_founder and GROUP_META not in record.held:
             # The founders have asked each other that nobody holds anything yet.
-            record.is_admitted = True
-            record.hold(GROUP_META, Held(1, META_FOLDER))
+            record.found(GROUP_META, Held(1, META_FOLDER))
             record.save(self.disk)
-        self._is_founder &= not record.is_admitted
+        self._is_founder = False
         self.incarnation = record.incarnation
         in_use = {held.folder for held in record.held.values()}
         in_use |= {ready.folder for ready in record.ready.values()}

@@ -92,6 +92,13 @@ class LocalRecord:
         self.held[group] = held
         self._forget_ready(group, held.epoch)
 
+    def found(self, group: str, held: Held) -> None:
+        """Take part in the first epoch of the group that will know this disk, before it can.
+        Raises ValueError."""
+        if group in self.held or self.closed.get(group, 0) >= held.epoch:
+            raise ValueError(f"this node holds {group}, or has closed epochs of it")
+        self.held[group] = held
+
     def close(self, group: str, epoch: int) -> Held | None:
         """Never take part in `epoch` or an earlier one again. Returns what was held, if it ends."""
         self.closed[group] = max(self.closed.get(group, 0), epoch)

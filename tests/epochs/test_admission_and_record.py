@@ -12,7 +12,7 @@ from agentmem_chaos.sim.machine import MachineStore, RegisterMachine
 from agentmem_cluster.epochs.change import Base, Change
 from agentmem_cluster.epochs.commands import EpochState
 from agentmem_cluster.epochs.machine import EpochMachine
-from agentmem_cluster.epochs.record import LocalRecord
+from agentmem_cluster.epochs.record import Held, LocalRecord
 from agentmem_cluster.epochs.replicas import ReplicaSet
 from agentmem_cluster.epochs.reports import Staging
 from agentmem_cluster.meta import NodeInfo
@@ -42,6 +42,21 @@ def test_a_disk_that_the_cluster_does_not_know_takes_part_in_nothing() -> None:
     assert not record.may_take_part("s00", 2)
     assert not admit(record, a_view(n1="new"), "n1", a_disk())
     assert record.may_take_part("s00", 2)
+
+
+def test_a_founder_takes_part_in_no_shard_before_the_cluster_knows_its_disk() -> None:
+    """It voted in the group that will know it, and in nothing else: lost then, it is missed."""
+    record, disk = LocalRecord("mine"), a_disk()
+    record.found(GROUP_META, Held(1, "meta"))
+    with pytest.raises(ValueError, match="holds meta"):
+        record.found(GROUP_META, Held(1, "meta"))
+    assert not admit(record, a_view(1), "n1", disk)  # it registers first
+    assert not record.may_take_part("s00", 1)
+    assert not admit(record, a_view(1, n1="mine"), "n1", disk)
+    assert record.may_take_part("s00", 1)
+    assert record.held[GROUP_META].epoch == 1
+    with pytest.raises(ValueError, match="closed epochs"):
+        LocalRecord("other", closed={GROUP_META: 1}).found(GROUP_META, Held(1, "meta"))
 
 
 def test_a_new_disk_is_kept_out_of_every_epoch_until_the_cluster_knows_it() -> None:
