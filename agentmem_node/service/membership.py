@@ -222,8 +222,10 @@ class Membership:
                 return
             # A majority of the founders holds nothing, so there is nothing that could be lost. In
             # anything but this group it takes part when the cluster knows its disk, as all do.
-        elif (view.meta is not None and view.meta.epoch > 1) or not self._record.may_take_part(GROUP_META, 1):
-            return
+        else:
+            has_moved = view.meta is not None and view.meta.epoch > 1
+            if has_moved or not self._record.may_take_part(GROUP_META, 1):
+                return
         self._voters.found()
         self._host.wake()
 
