@@ -43,7 +43,9 @@ def test_ten_virtual_hours_of_faults_violate_nothing(
             f"{sum(r.reads for r in results):,} linearizable reads, "
             f"{sum(r.faults for r in results):,} faults, "
             f"{sum(r.elections for r in results):,} elections, "
-            f"{sum(r.moves for r in results):,} moves; writes paused {pauses(outcomes)}"
+            f"{sum(r.moves for r in results):,} moves, {sum(r.splits for r in results):,} splits "
+            f"and {sum(r.rewinds for r in results):,} rewinds among them; "
+            f"writes paused {pauses(outcomes)}"
         )
     assert len(results) == WORLDS
     assert {r.nodes for r in results} == {3, 4, 5}
@@ -61,6 +63,8 @@ def test_ten_virtual_hours_of_faults_violate_nothing(
     assert sum(r.faults for r in results) > 10 * WORLDS
     assert sum(r.elections for r in results) > 2 * WORLDS
     assert sum(r.moves for r in results) > WORLDS / 2
+    assert sum(r.splits for r in results) > WORLDS / 15
+    assert sum(r.rewinds for r in results) > WORLDS / 50
     assert sum(r.left_behind > 0 for r in results) < WORLDS * 0.05
     assert sum(o.cpu_s for o in outcomes) < CPU_S_MAX, "worlds have become too slow"
 
