@@ -44,6 +44,8 @@ _NAME: Final = re.compile(
 _MAGIC: Final = b"AML1"
 _SUM_BYTES: Final = 32
 _LEVEL: Final = 1
+# More than a leader ever has under way.
+_UNDER_WAY_MAX: Final = 20_000
 # A segment holds what a read of the journal gave: a few MiB. The bound is for damaged ones.
 _PLAIN_BYTES_MAX: Final = 256 << 20
 
@@ -356,6 +358,30 @@ class Archive:
         """The last entry that is archived; what the part begins with when there is none."""
         own = (s.last for s in self.segments(part.shard) if s.epoch >= part.epoch)
         return max(own, default=part.base)
+
+    def end_of(self, part: Part) -> int:
+        """The last entry that counts of those that are archived now: what its leader had under way
+        behind the seal of an epoch was never applied."""
+        own = [s for s in self.segments(part.shard) if s.epoch >= part.epoch]
+        newest = [segment for segment in own if segment.epoch == own[-1].epoch]
+        end = max((segment.last for segment in newest), default=part.base)
+        for segment in reversed(newest):
+            if segment.last < end - _UNDER_WAY_MAX:
+                break
+            for entry in self.read(segment).entries:
+                if decode_control(entry.command) == Seal(segment.epoch):
+                    end = min(end, entry.index)
+        return end
+
+    def first_later(self, part: Part, until_ms: int) -> int | None:
+        """The first entry of a part's log that names a time after a moment."""
+        for segment in self.segments(part.shard):
+            if segment.epoch >= part.epoch:
+                for entry in self.read(segment).entries:
+                    at_ms = at_ms_of(entry.command)
+                    if entry.index > part.base and at_ms is not None and at_ms > until_ms:
+                        return entry.index
+        return None
 
     def entries(
         self,

@@ -67,6 +67,7 @@ class ShardPlan(NamedTuple):
     archived_ms: int | None
     gaps: list[Gap]
     unarchived: Gap | None = None  # that its leader had, and no segment has
+    end: int = 0  # the last archived entry that counts
 
     @property
     def id(self) -> str:
@@ -171,8 +172,11 @@ def _origin_faults(store: ObjectStore, archive: Archive, part: Part) -> Iterator
     except (RestoreImpossible, ValueError) as error:
         yield f"{taken_back}, and the log after that does not lead to it: {error}"
         return
-    for gap in inner.gaps_of(lineage, lineage[0].base):
-        if origin.upto is None or gap.first <= origin.upto:
+    gaps = inner.gaps_of(lineage, lineage[0].base)
+    later = inner.first_later(lineage[-1], origin.until_ms) if gaps else None
+    for gap in gaps:
+        is_behind = later is not None and gap.first > later  # the moment ends before it
+        if not is_behind and (origin.upto is None or gap.first <= origin.upto):
             yield f"{taken_back}, and entries {gap.first} to {gap.last} after that are missing"
     if origin.upto is not None and inner.last_of(lineage[-1]) < origin.upto:
         yield f"{taken_back}, and the log after that ends before entry {origin.upto}"
@@ -201,6 +205,7 @@ def _shard_plan(archive: Archive, lineage: Lineage) -> ShardPlan:
         None if reached is None else reached.at_ms,
         archive.gaps_of(lineage, whole.base),
         unarchived,
+        max(whole.base, archive.end_of(last)),
     )
 
 

@@ -240,13 +240,25 @@ class Membership:
                 answer = await self._link.call(voter, "meta.hello", {}, timeout=_CALL_S)
                 if answer["is_founded"]:
                     return False
-                untouched += not answer["holds_meta"]
+                untouched += answer.get("is_blank", not answer["holds_meta"])
             except UNREADABLE as error:
                 log.debug("no greeting from %s: %r", voter, error)
         return 2 * untouched > len(self._founders)
 
     async def _on_hello(self, _peer: str, _body: dict[str, Any]) -> dict[str, Any]:
-        return {"holds_meta": self._meta is not None, "is_founded": self.view is not None}
+        return {
+            "holds_meta": self._meta is not None,
+            "is_blank": self._is_blank(),
+            "is_founded": self.view is not None,
+        }
+
+    def _is_blank(self) -> bool:
+        """A founder that has taken its place, but has neither voted nor got an entry, still holds
+        nothing: else who came first would keep all others from founding with it."""
+        if self._meta is None:
+            return True
+        status = self._meta.status()
+        return status.term == 0 and status.last_index == 0
 
     @property
     def _meta(self) -> AsyncGroup | None:

@@ -78,7 +78,7 @@ async def rewind_steps(
             hint="`agentmem backup restore --everything` writes the memories of any backup into "
             "an empty cluster of any size.",
         )
-    upto = {s.id: s.archived_to for s in found.shards} if until_ms is not None else {}
+    upto = {s.id: s.end for s in found.shards} if until_ms is not None else {}
     moment = format_ms(manifest.at_ms if until_ms is None else until_ms)
     return [
         StoredStep(

@@ -634,7 +634,16 @@ PLANTS: tuple[Plant, ...] = (
         "epochs",
         "the beginning of an epoch is taken for its end",
         SAFETY | _rules("gapless apply", "equal digests", "stale reads", "honest answers"),
-        dataclasses.replace(MOVING, faults={**MOVING.faults, Fault.POWER_LOSS_ALL: 3.0}),
+        # It takes a leader that changes while its epoch begins.
+        dataclasses.replace(
+            MOVING,
+            faults={
+                Fault.MOVE: 1.0,
+                Fault.CUT_LEADER: 1.0,
+                Fault.KILL: 3.0,
+                Fault.POWER_LOSS_ALL: 4.0,
+            },
+        ),
         planted=lambda: patch.object(epoch_machine, "decode", _either_is_a_seal),
         worlds_max=40,
     ),

@@ -93,9 +93,9 @@ class LocalRecord:
         self._forget_ready(group, held.epoch)
 
     def found(self, group: str, held: Held) -> None:
-        """Take part in the first epoch of the group that will know this disk, before it can.
-        Raises ValueError."""
-        if group in self.held or self.closed.get(group, 0) >= held.epoch:
+        """Take part in the first epoch of the group that will know this disk, before it can; again,
+        if what came after it failed. Raises ValueError."""
+        if self.held.get(group, held) != held or self.closed.get(group, 0) >= held.epoch:
             raise ValueError(f"this node holds {group}, or has closed epochs of it")
         self.held[group] = held
 

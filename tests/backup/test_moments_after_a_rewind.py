@@ -83,7 +83,7 @@ class Rewinding(Splitting):
         self.archive()
         planned = plan(self.store, backup_id=manifest.id, until_ms=until_ms)
         assert planned.faults == []
-        ends = {shard.id: shard.archived_to for shard in planned.shards}
+        ends = {shard.id: shard.end for shard in planned.shards}
         for name in list(self.shards):
             self.now_ms += 1
             self.rewinds += 1
@@ -323,6 +323,60 @@ def test_a_plan_says_what_is_missing_of_what_was_taken_back_to(
     rewinding.store.delete(lost.name)
     (fault,) = plan(rewinding.store, until_ms=until_ms).faults
     assert f"entries {lost.first} to {lost.last} after that are missing" in fault
+    rewinding.close()
+
+
+def test_a_gap_behind_the_moment_that_was_gone_back_to_is_of_no_matter(
+    rewinding: Rewinding, tmp_path: Path
+) -> None:
+    first = rewinding.begin()
+    rewinding.write(8)
+    rewinding.record()
+    rewinding.write(4)
+    rewinding.archive()
+    rewinding.write(5)
+    rewinding.logs["s00", 1].clear()  # thrown away before it was archived
+    rewinding.write(5)
+    rewinding.take_back(first, rewinding.recorded[0][0])
+    rewinding.write(8)
+    rewinding.record()
+    rewinding.archive()
+    until_ms, shards, content = rewinding.recorded[-1]
+    assert rebuilt(rewinding.store, first, tmp_path, until_ms) == (shards, content)
+    rewinding.close()
+
+
+def test_what_a_leader_had_under_way_behind_a_seal_ends_no_moment(
+    rewinding: Rewinding, tmp_path: Path
+) -> None:
+    """It is archived, and the next epoch has fewer entries than that: they are not missing."""
+    first = rewinding.begin()
+    rewinding.write(8)
+    moment_ms = rewinding.now_ms
+    seal = rewinding._seal("s00")
+    for index in range(seal + 1, seal + 6):
+        rewinding.logs["s00", 1].append(Entry(index, 1, b""))
+
+    def fetched(name: str) -> int:
+        rewinding.archive()
+        (planned,) = plan(rewinding.store, until_ms=moment_ms).shards
+        made = fetch_shard(
+            rewinding.store,
+            first,
+            "s00",
+            tmp_path / name,
+            until_ms=moment_ms,
+            upto=planned.end,
+            map_bytes=MAP_BYTES,
+        )
+        assert made.applied_index == planned.end
+        return planned.end
+
+    assert fetched("sealed") == seal
+    rewinding.epochs["s00"] = 2
+    rewinding._apply("s00", Entry(seal + 1, 2, b""))
+    rewinding._apply("s00", Entry(seal + 2, 2, control(Begin(2))))
+    assert fetched("begun") == seal + 2
     rewinding.close()
 
 

@@ -20,11 +20,8 @@ FAULTS = {**MOVING.faults, Fault.LOSE_DISK: 8.0, Fault.WALL_JUMP: 4.0, Fault.SPL
 WORLDS = dataclasses.replace(MOVING, engine=Engine.SHARD, faults=FAULTS)
 TAKEN_AT_S = (3.0, 9.0, 15.0)
 MOMENTS = 3
-SPLIT = (
-    1,
-    5,
-    6,
-)  # worlds in which a moment is restored over a split; a plan draws whether and when
+# Worlds in which a moment is restored over a split: a plan draws whether there is one, and when.
+SPLIT = (1, 3, 6, 7)
 
 
 @pytest.fixture
