@@ -123,7 +123,7 @@ class MoveShard(_Operation):
 
 
 class MoveAndKill(_Operation):
-    """The leader of the shard dies in the middle, is started, and the move must still end."""
+    """The leader of the shard dies in the middle, is started, and the operation must still end."""
 
     name: ClassVar[str] = "move-and-kill"
     description: ClassVar[str] = "a shard moves, and its leader is killed meanwhile"
@@ -133,7 +133,7 @@ class MoveAndKill(_Operation):
 
     async def meanwhile(self, field: Field, wish: Mapping[str, str]) -> str:
         await asyncio.sleep(field.chance.uniform(*_KILL_AFTER_S))
-        node = field.leaders().get(wish["shard"], field.a_leader())
+        node = field.leaders().get(wish.get("shard", ""), field.a_leader())
         self.victims = frozenset({node})
         await field.hosts.kill(node)
         await field.hosts.start(node)
@@ -180,22 +180,12 @@ class SplitShard(_Operation):
         return a_split(field)
 
 
-class SplitAndKill(_Operation):
-    """The leader of the shard dies in the middle, is started, and the split must still end."""
-
+class SplitAndKill(MoveAndKill):
     name: ClassVar[str] = "split-and-kill"
     description: ClassVar[str] = "a shard becomes two, and its leader is killed meanwhile"
 
     def wish(self, field: Field) -> dict[str, str]:
         return a_split(field)
-
-    async def meanwhile(self, field: Field, wish: Mapping[str, str]) -> str:
-        await asyncio.sleep(field.chance.uniform(*_KILL_AFTER_S))
-        node = field.leaders().get(wish.get("shard", ""), field.a_leader())
-        self.victims = frozenset({node})
-        await field.hosts.kill(node)
-        await field.hosts.start(node)
-        return f", {node} killed"
 
 
 class Drain(_Operation):
