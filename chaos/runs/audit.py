@@ -12,7 +12,7 @@ import aiohttp
 from agentmem_chaos.checkers.base import Inventory, Stored
 from agentmem_chaos.checkers.cluster import digests_of
 from agentmem_chaos.hosts.base import Hosts
-from agentmem_chaos.runs.observer import ask_view
+from agentmem_chaos.runs.observer import ask_views
 from agentmem_chaos.workloads.history import Op
 from agentmem_chaos.workloads.memories import TOP_K, vector_of
 from agentmem_client import AgentMemError, AsyncClient
@@ -103,9 +103,7 @@ async def quiet_views(hosts: Hosts) -> Mapping[str, Mapping[str, Any]] | None:
     deadline = time.monotonic() + QUIET_S_MAX
     async with aiohttp.ClientSession() as session:
         while True:
-            asked = (ask_view(session, hosts, node, 3.0) for node in hosts.nodes)
-            answers = dict(zip(hosts.nodes, await asyncio.gather(*asked), strict=True))
-            views = {node: view for node, view in answers.items() if view is not None}
+            views = await ask_views(session, hosts, 3.0)
             if len(views) == len(hosts.nodes) and _is_level(views):
                 return views
             if time.monotonic() > deadline:

@@ -41,6 +41,16 @@ async def ask_view(
         return None
 
 
+async def ask_views(
+    session: aiohttp.ClientSession, hosts: Hosts, seconds: float = ASK_S_MAX
+) -> dict[str, dict[str, Any]]:
+    """The views of the nodes that answer with one in time. Nodes that join meanwhile are not
+    asked."""
+    nodes = hosts.nodes
+    views = await asyncio.gather(*(ask_view(session, hosts, node, seconds) for node in nodes))
+    return {node: view for node, view in zip(nodes, views, strict=True) if view is not None}
+
+
 @dataclass(slots=True)
 class Observer:
     hosts: Hosts
@@ -53,13 +63,7 @@ class Observer:
         """Until cancelled."""
         async with aiohttp.ClientSession() as session:
             while True:
-                asked = (ask_view(session, self.hosts, node) for node in self.hosts.nodes)
-                answers = await asyncio.gather(*asked)
-                fresh = {
-                    node: view
-                    for node, view in zip(self.hosts.nodes, answers, strict=True)
-                    if view is not None
-                }
+                fresh = await ask_views(session, self.hosts)
                 self.views |= fresh
                 self._note(fresh)
                 await asyncio.sleep(POLL_S)
