@@ -55,7 +55,9 @@ def trim(store: Store, slot_start: int, slot_end: int) -> Iterator[int]:
         names |= (_named(key, row) for key, row in rows)
         yield len(outside.known)
     for rows in _pages(store, "ids"):
-        located = [(key, *ID_ROW.unpack(row)) for key, row in rows if outside.covers(key[4:])]
+        located = [
+            (key, *ID_ROW.unpack(row)) for key, row in rows if outside.covers(key[U32.size :])
+        ]
         located.sort(key=_number)  # neighbours share pages
         yield len(outside.known)
         for batch in _batches(located):

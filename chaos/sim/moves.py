@@ -14,6 +14,7 @@ from agentmem_chaos.sim.plan import WorldPlan
 from agentmem_cluster.epochs.change import Change
 from agentmem_cluster.meta import MetaState
 from agentmem_cluster.raft.api import GroupSpec
+from agentmem_cluster.shardmap import ShardInfo
 
 MEMBERS = 3
 SHARDS_MAX = 5
@@ -41,70 +42,63 @@ class Moves:
 
     def split(self, chance: random.Random, lasts_s: float) -> str | None:
         """In the middle, unless all its keys have one and the same slot."""
-        membership = self._leader()
-        if membership is None:
+        asked = self._asked(chance)
+        if asked is None:
             return None
-        view = membership.view
-        assert view is not None
-        if len(view.map.shards) >= SHARDS_MAX:
+        membership, info, shards = asked
+        least = 2 * self._places.bucket_slots(self._places.group_of(info.id))
+        if shards >= SHARDS_MAX or info.slot_end - info.slot_start < least:
             return None
-        shard = chance.choice(sorted(view.map.shards))
-        info = view.map.shards[shard]
-        least = 2 * self._places.bucket_slots(self._places.group_of(shard))
-        if shard in view.changes or info.slot_end - info.slot_start < least:
-            return None
-        change = membership.split(shard)
+        change = membership.split(info.id)
         membership.begin(change, lambda _: None)
-        return f"{shard} is to be {' and '.join(target.id for target in change.targets)}"
+        return f"{info.id} is to be {' and '.join(target.id for target in change.targets)}"
 
     def rewind(self, chance: random.Random, lasts_s: float) -> str | None:
         """To a state that was kept before; or one is kept, to be gone back to later."""
-        membership = self._leader()
-        if membership is None:
+        asked = self._asked(chance)
+        if asked is None:
             return None
-        view = membership.view
-        assert view is not None
-        shard = chance.choice(sorted(view.map.shards))
-        info = view.map.shards[shard]
-        if shard in view.changes:
-            return None
-        able = [
-            n for n in self._nodes if n.alive and not n.paused and n.is_whole(shard, info.epoch)
-        ]
+        membership, info, _ = asked
+        serving = [n for n in self._nodes if n.alive and n.is_whole(info.id, info.epoch)]
+        able = [node for node in serving if not node.paused]
         if not able:
             return None
         rewinds = able[0].epochs.rewinds
-        kept = rewinds.fitting(shard, (info.slot_start, info.slot_end))
+        kept = rewinds.fitting(info.id, (info.slot_start, info.slot_end))
         if not kept or chance.random() < KEEP_CHANCE:
-            group = self._places.group_of(shard)
-            rewinds.keep(chance.choice(able).keep(shard, sorted(self._keys_of(group))))
+            keys = self._keys_of(self._places.group_of(info.id))
+            rewinds.keep(chance.choice(able).keep(info.id, sorted(keys)))
             return None
         state = chance.choice(kept)
-        change = replace(membership.change(shard, info.members), source=state.id)
+        change = replace(membership.change(info.id, info.members), source=state.id)
         membership.begin(change, lambda _: None)
-        return f"{shard} is to be as at {state.index} again"
-
-    def _leader(self) -> SimMembership | None:
-        """Of the meta group: it is asked as by an operator's command."""
-        leaders = (n for n in self._nodes if n.membership is not None and n.membership.leads)
-        leader = next(leaders, None)
-        return None if leader is None or leader.paused else leader.membership
+        return f"{info.id} is to be as at {state.index} again"
 
     def _begin(self, chance: random.Random, members: tuple[str, ...] | None) -> str | None:
-        membership = self._leader()
-        if membership is None:
+        asked = self._asked(chance)
+        if asked is None:
             return None
-        view = membership.view
-        assert view is not None
-        shard = chance.choice(sorted(view.map.shards))
-        if shard in view.changes:
-            return None
+        membership, info, _ = asked
         fresh: tuple[str, ...] = ()
         if members is None:
-            members = view.map.shards[shard].members
+            members = info.members
             fresh = (chance.choice(members),)
-        membership.begin(membership.change(shard, members, fresh), lambda _: None)
-        return f"{shard} is to be on {', '.join(members)}" + (f", {fresh} anew" if fresh else "")
+        membership.begin(membership.change(info.id, members, fresh), lambda _: None)
+        return f"{info.id} is to be on {', '.join(members)}" + (f", {fresh} anew" if fresh else "")
+
+    def _asked(self, chance: random.Random) -> tuple[SimMembership, ShardInfo, int] | None:
+        """As by an operator's command: the node that leads the meta group, some shard that nothing
+        is done with, and how many there are."""
+        leaders = (n for n in self._nodes if n.membership is not None and n.membership.leads)
+        leader = next(leaders, None)
+        if leader is None or leader.paused or leader.membership is None:
+            return None
+        view = leader.membership.view
+        assert view is not None
+        info = view.map.shards[chance.choice(sorted(view.map.shards))]
+        if info.id in view.changes:
+            return None
+        return leader.membership, info, len(view.map.shards)
 
     def lose_disk(self, chance: random.Random, lasts_s: float) -> str | None:
         """One disk, when nothing is without its majority for it, and no other is being replaced."""
