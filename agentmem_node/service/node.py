@@ -256,7 +256,7 @@ class Node:
             copy_bytes_per_s=config.storage.copy_bytes_per_s,
             on_fatal=self._fatal,
         )
-        self._replicas.fetch = fetch
+        self._replicas.copies.fetch = fetch
         self._replicas.origin_entry = origin_entry
         await self._replicas.find_broken()
         self._membership = Membership(

@@ -16,10 +16,12 @@ from agentmem_cluster.epochs.machine import EpochMachine
 from agentmem_cluster.epochs.replicas import Staged
 from agentmem_cluster.epochs.reports import Staging
 from agentmem_cluster.errors import AgentMemError, InternalError, Unavailable
+from agentmem_cluster.realtime import RealClock
 from agentmem_cluster.shardmap import ShardInfo
 from agentmem_node.engine.shard import Shard
+from agentmem_node.service.copies import Copies
 from agentmem_node.service.copying import Paused
-from agentmem_node.service.replicas import Replicas
+from agentmem_node.service.folders import Folders
 from agentmem_node.storage import environment
 from agentmem_node.storage.snapshot import CHUNK_BYTES, SnapshotWriter, chunk_hash
 from tests.backup.making import DIM, MAP_BYTES, add, entry
@@ -121,20 +123,26 @@ def test_what_stood_there_already_is_written_again_so_that_the_last_sync_covers_
     assert written == [(CHUNK_BYTES, chunks[1])]
 
 
-def a_copy(folder: Path) -> tuple[Replicas, Staged, Shard]:
+def a_copy(folder: Path) -> tuple[Copies, Staged, Shard]:
     """A copy of an epoch that serves, and of the driver what its task needs."""
-    replicas = Replicas.__new__(Replicas)
-    replicas._node_id, replicas._folder, replicas._sweep_s = "n1", folder, 0.0
-    replicas._copies, replicas._syncs, replicas._handlers = {}, {}, {}
-    replicas._link = cast("Any", SimpleNamespace(call=None))
-    replicas._wake = asyncio.Event()
     info = ShardInfo("s00", 2, ("n1", "n2", "n3"), "n1", 0, 16_384)
     staged = Staged(info, "c1", 2, "s00-e2")
     shard = Shard.open(folder / "s00-e2", "s00", dim=DIM, map_size=MAP_BYTES)
     shard.apply([entry(1, add(1))])
     staged.machine = EpochMachine(shard, 2)
-    replicas.set = cast("Any", SimpleNamespace(staged={"s00": staged}, changes={}))
-    return replicas, staged, shard
+    replicas = cast("Any", SimpleNamespace(node_id="n1", staged={"s00": staged}, changes={}))
+    copies = Copies(
+        replicas,
+        Folders(folder, replicas, RealClock()),
+        link=cast("Any", SimpleNamespace(call=None)),
+        routing=cast("Any", None),
+        clock=RealClock(),
+        here={},
+        open_shard=cast("Any", None),
+        bytes_per_s=0,
+        on_change=lambda: None,
+    )
+    return copies, staged, shard
 
 
 @pytest.mark.parametrize("failure", [Paused("compacted"), Unavailable("the source is gone")])
@@ -142,15 +150,15 @@ def test_a_copy_that_became_a_replica_is_not_touched_by_its_task_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: AgentMemError
 ) -> None:
     async def scenario() -> None:
-        replicas, staged, shard = a_copy(tmp_path)
+        copies, staged, shard = a_copy(tmp_path)
 
         async def tail(*_: object) -> None:
-            del replicas.set.staged["s00"]  # it takes part now
+            del copies._set.staged["s00"]  # it takes part now
             assert shard.checkpoint() is not None  # and the host makes a checkpoint of it
             raise failure
 
-        monkeypatch.setattr("agentmem_node.service.replicas.tail", tail)
-        await replicas._copy(staged, "s00", "n2")
+        monkeypatch.setattr("agentmem_node.service.copies.tail", tail)
+        await copies._copy(staged, "s00", "n2")
         assert (tmp_path / "s00-e2").is_dir()
         assert shard.count() == 1  # it is open
         shard.close()
@@ -162,20 +170,20 @@ def test_a_copy_whose_state_failed_is_no_durable_one_and_is_put_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        replicas, staged, shard = a_copy(tmp_path)
+        copies, staged, shard = a_copy(tmp_path)
         monkeypatch.setattr(
             shard._store.env, "begin_checkpoint", lambda: (_ for _ in ()).throw(RuntimeError("x"))
         )
         with pytest.raises(RuntimeError, match="x"):
-            await replicas._make_durable(staged)
+            await copies._make_durable(staged)
         assert shard.has_failed
-        replicas._fail(staged, "n2", InternalError("it failed earlier"))
+        copies._fail(staged, "n2", InternalError("it failed earlier"))
         assert (staged.machine, staged.state) == (None, Staging.FAILED)
 
-        replicas, staged, shard = a_copy(tmp_path)
+        copies, staged, shard = a_copy(tmp_path)
         monkeypatch.setattr(shard._store.env, "begin_checkpoint", lambda: None)
         with pytest.raises(InternalError, match="cannot be written"):
-            await replicas._make_durable(staged)
+            await copies._make_durable(staged)
         shard.close()
 
     asyncio.run(scenario())

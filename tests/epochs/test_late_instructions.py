@@ -50,7 +50,8 @@ def test_a_late_order_to_copy_leaves_the_replica_that_came_of_the_first_one_alon
             left = cluster.nodes["n1"]._replicas
             assert left is not None
             await cluster.until(
-                lambda: "s00" not in left.set.served and not left._lingering, "n1 has left s00"
+                lambda: "s00" not in left.set.served and not left.folders._lingering,
+                "n1 has left s00",
             )
             shards = tmp_path / "n1" / "shards"
             for name in ("s00-e1.partial", "s00-e2", "s00-e3.partial", "another"):
@@ -59,19 +60,19 @@ def test_a_late_order_to_copy_leaves_the_replica_that_came_of_the_first_one_alon
             for name in ("s00-e2.fetch", "s00-e2.fetch.origin.fetch.partial", "s00-e3.fetch"):
                 (shards / name).mkdir()
                 (shards / f"{name}.json").write_text("{}")
-            left._sweep()
+            left.folders.sweep()
             assert sorted(path.name for path in shards.iterdir()) == [
                 "another",
                 "s00-e3.fetch",
                 "s00-e3.fetch.json",
                 "s00-e3.partial",
             ]
-            replicas._sweep()
+            replicas.folders.sweep()
             assert files.is_dir()
             # Put aside, it may be the last there is, whatever epoch its folder is called by.
             held, served = replicas._record.held.pop("s00"), replicas.set.served.pop("s00")
             (files.with_name("s00-e1.partial")).mkdir()
-            replicas._sweep()
+            replicas.folders.sweep()
             replicas._record.held["s00"], replicas.set.served["s00"] = held, served
             assert files.is_dir() and files.with_name("s00-e1.partial").is_dir()
             await cluster.stop("n4")

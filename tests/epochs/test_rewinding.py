@@ -14,7 +14,7 @@ from agentmem_cluster.errors import AgentMemError, NotFound
 from agentmem_node.backup.catalog import load
 from agentmem_node.backup.objects import open_store
 from agentmem_node.model import backups as bk
-from agentmem_node.service.replicas import Replicas
+from agentmem_node.service.copies import Copies
 from tests.epochs.conftest import Cluster, run
 from tests.epochs.test_operations import all_there, begin, fill, finished, sound
 
@@ -96,23 +96,23 @@ def test_a_disk_that_refuses_for_a_moment_loses_no_shard_that_goes_back(
                     refused[node] -= 1
                     raise OSError(errno.EIO, "the disk refuses")
 
-            hold, make_durable = LocalRecord.hold, Replicas._make_durable
+            hold, make_durable = LocalRecord.hold, Copies._make_durable
 
             def hold_or_not(self: LocalRecord, group: str, held: Held) -> None:
                 if (group, held.epoch) == ("s00", 2):
                     refuse(next(n for n in names if record_of(n) is self))
                 hold(self, group, held)
 
-            async def make_durable_or_not(self: Replicas, staged: Staged) -> None:
-                founded = any(change.base is not None for change in self.set.changes.values())
+            async def make_durable_or_not(self: Copies, staged: Staged) -> None:
+                founded = any(change.base is not None for change in self._set.changes.values())
                 if staged.info.epoch == 2 and founded:
-                    refuse(self._node_id)
+                    refuse(self._set.node_id)
                 await make_durable(self, staged)
 
             if where == "the record":
                 monkeypatch.setattr(LocalRecord, "hold", hold_or_not)
             else:
-                monkeypatch.setattr(Replicas, "_make_durable", make_durable_or_not)
+                monkeypatch.setattr(Copies, "_make_durable", make_durable_or_not)
             done = await finished(cluster, await begin(cluster, kind="rewind", url=url))
             assert done.state == "done", done
             assert any(left < 3 for left in refused.values())
