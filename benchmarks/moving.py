@@ -163,7 +163,7 @@ async def join(cluster: DevCluster) -> NodeFiles:
 
     def start() -> None:
         with Client(cluster.urls) as connection:
-            token = Admin(connection).join_token(node=node.id)
+            token = Admin(connection).join_token(node=node.id).token
         cluster.join(node, token)
 
     await asyncio.to_thread(start)

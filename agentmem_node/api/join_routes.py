@@ -8,24 +8,17 @@ from agentmem_cluster.errors import (
     DeadlineExceeded,
     InvalidField,
     NoQuorum,
+    NotFound,
     NotLeader,
     TooLarge,
     Unavailable,
 )
-from agentmem_node.api import joining
+from agentmem_node.api import joining, shapes
 from agentmem_node.api.route import BASE, COMMON, Errors, Route, make_route
 from agentmem_node.service import join_messages as jm
 
-_META: Errors = (
-    BadRequest,
-    InvalidField,
-    TooLarge,
-    Conflict,
-    NoQuorum,
-    NotLeader,
-    Unavailable,
-    DeadlineExceeded,
-)
+_ASK: Errors = (InvalidField, NoQuorum, NotLeader, Unavailable, DeadlineExceeded)
+_META: Errors = (BadRequest, TooLarge, Conflict, *_ASK)
 # Strangers may send one: it holds a certificate request and some addresses.
 _JOIN_BYTES_MAX = 16 * 1024
 
@@ -45,6 +38,31 @@ JOIN_ROUTES: tuple[Route, ...] = (
         status=201,
         errors=_META,
         example={"ttl_s": 3600, "uses": 1},
+    ),
+    make_route(
+        "GET",
+        f"{BASE}/cluster/join-tokens",
+        joining.list_join_tokens,
+        "admin",
+        "Join tokens, and whom they have let in",
+        description="Each is listed until a day after its end, and without its secret.",
+        tag="cluster",
+        needs_admin=True,
+        answer=shapes.JoinTokenList,
+        errors=_ASK,
+    ),
+    make_route(
+        "DELETE",
+        f"{BASE}/cluster/join-tokens/{{id}}",
+        joining.revoke_join_token,
+        "admin",
+        "Revoke a join token",
+        description="Nobody joins with it any more. Nodes that it has let in stay: see `joined`.",
+        tag="cluster",
+        needs_admin=True,
+        answer=jm.JoinTokenKept,
+        id_meaning="The token's id.",
+        errors=(*_ASK, NotFound),
     ),
     make_route(
         "POST",

@@ -15,6 +15,7 @@ from agentmem_node.model import operations as ops
 from agentmem_node.model import requests as rq
 from agentmem_node.model.memory import Memory
 from agentmem_node.model.search import Consistency
+from agentmem_node.service import join_messages as jm
 
 Token = Annotated[
     str,
@@ -143,6 +144,12 @@ class ClusterView(msgspec.Struct, kw_only=True):
     tenant: str
     nodes: dict[str, ClusterNode]
     shards: dict[str, ClusterShard]
+
+
+class JoinTokenList(msgspec.Struct, kw_only=True):
+    """The one that ends last comes first."""
+
+    tokens: list[jm.JoinTokenKept]
 
 
 class OperationList(msgspec.Struct, kw_only=True):

@@ -1,4 +1,4 @@
-"""The operators' calls of the API: plan, begin, look, stop, resume, check."""
+"""The operators' calls of the API: plan, begin, look, stop, resume, check; join tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from agentmem_client.calls import API, Call, encode
 from agentmem_node.cli.connect import open_client
 from agentmem_node.cli.exits import CommandFailed, exit_of
 from agentmem_node.model import operations as ops
+from agentmem_node.service import join_messages as jm
 
 T = TypeVar("T")
 
 # Nodes hear of what was begun within a second, those that stand still for a moment later.
 _HEARD_S_MAX = 10.0
+_TOKENS = "join-tokens"
 
 
 class _Listed(msgspec.Struct):
@@ -30,6 +32,10 @@ class _Listed(msgspec.Struct):
 
 class _Checked(msgspec.Struct):
     findings: list[ops.Finding]
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[jm.JoinTokenKept]
 
 
 class Admin:
@@ -80,19 +86,20 @@ class Admin:
     def resume(self, operation_id: str) -> ops.Operation:
         return self._ask("resume", "POST", _path(operation_id) + "/resume", ops.Operation)
 
-    def join_token(self, *, node: str | None = None, ttl_s: int = 600) -> str:
-        """A token that lets one node in. `node`: only that one."""
-        body = {"ttl_s": ttl_s, "uses": 1} | ({} if node is None else {"node": node})
-        made: str = self._connection.run(
-            Call(
-                name="join_token",
-                method="POST",
-                path=f"{API}/cluster/join-tokens",
-                read=lambda answer: answer["token"],
-                body=encode(body),
-            )
-        )
-        return made
+    def join_token(
+        self, *, node: str | None = None, ttl_s: int = 600, uses: int = 1
+    ) -> jm.JoinTokenMade:
+        """A token that lets so many nodes in. `node`: only that one."""
+        wish = jm.JoinTokenRequest(ttl_s=ttl_s, uses=uses, node=node)
+        return self._ask("join_token", "POST", _TOKENS, jm.JoinTokenMade, wish)
+
+    def join_tokens(self) -> list[jm.JoinTokenKept]:
+        """The one that ends last comes first."""
+        return self._ask("join_tokens", "GET", _TOKENS, _Tokens).tokens
+
+    def revoke_join_token(self, token_id: str) -> jm.JoinTokenKept:
+        path = f"{_TOKENS}/{quote(token_id, safe='')}"
+        return self._ask("revoke_join_token", "DELETE", path, jm.JoinTokenKept)
 
     def check(self) -> list[ops.Finding]:
         return self._ask("check", "GET", "check", _Checked).findings
@@ -103,7 +110,7 @@ class Admin:
         method: str,
         path: str,
         answer: type[T],
-        wish: ops.OperationWish | None = None,
+        wish: msgspec.Struct | None = None,
         key: str | None = None,
     ) -> T:
         return self._connection.run(
@@ -129,7 +136,7 @@ def _path(operation_id: str) -> str:
     return f"operations/{quote(operation_id, safe='')}"
 
 
-def _given(wish: ops.OperationWish) -> dict[str, Any]:
+def _given(wish: msgspec.Struct) -> dict[str, Any]:
     return {name: value for name, value in msgspec.to_builtins(wish).items() if value is not None}
 
 

@@ -20,7 +20,7 @@ from agentmem_node.cli.devcluster import DevCluster
 from agentmem_node.cli.devlayout import DevClusterError
 from agentmem_node.cli.exits import CommandFailed, Exit, failure
 from agentmem_node.cli.groups import SuggestingGroup
-from agentmem_node.cli.join import join_token
+from agentmem_node.cli.join_tokens import join_token, join_tokens, revoke_token
 from agentmem_node.cli.operating import check, operations, resume, stop
 from agentmem_node.cli.output import console, print_json, wants_json
 from agentmem_node.cli.serve import overrides_of
@@ -43,6 +43,8 @@ def cluster() -> None:
 
 for _command in (
     join_token,
+    join_tokens,
+    revoke_token,
     move,
     drain,
     remove,

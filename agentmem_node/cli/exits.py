@@ -28,7 +28,7 @@ MEANINGS: dict[Exit, str] = {
     Exit.OK: "done",
     Exit.FAILED: "failed, for a reason that no other code names; the message says which",
     Exit.USAGE: "the command, a value or a setting is wrong; trying again will not help",
-    Exit.NOT_FOUND: "there is no such memory, node, shard, operation or setting",
+    Exit.NOT_FOUND: "there is no such memory, node, shard, operation, token or setting",
     Exit.UNAVAILABLE: "no node could be reached, or the cluster cannot answer now; try again",
     Exit.CONFLICT: "somebody else was first, or it cannot be done now; look again and decide",
     Exit.NOT_ALLOWED: "the API key is missing, unknown or not allowed to do this",

@@ -1,9 +1,7 @@
-"""`agentmem cluster join-token`, and what `agentmem serve --join` does before it serves."""
+"""What `agentmem serve --join` does before it serves."""
 
 from __future__ import annotations
 
-import asyncio
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,87 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agentmem_node.cli.connect import connection_options
-from agentmem_node.cli.exits import CommandFailed, Exit, failure
-from agentmem_node.cli.output import print_json, wants_json
+from agentmem_node.cli.exits import CommandFailed, Exit
 
 if TYPE_CHECKING:
     from agentmem_node.config_keys import Config
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _WILDCARDS = ("0.0.0.0", "::")  # every address of the machine: none at which others reach it
-
-
-def seconds_of(text: str) -> int:
-    """`90s`, `30m`, `1h`, `2d`. Raises click.UsageError."""
-    match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
-    if match is None:
-        raise click.UsageError(f"--ttl takes a number with s, m, h or d, like 1h, not {text!r}.")
-    return int(match[1]) * _UNITS[match[2]]
-
-
-@click.command("join-token")
-@click.option(
-    "--ttl", default="1h", show_default=True, help="How long it can be used: 90s, 1h, 2d."
-)
-@click.option("--uses", type=click.IntRange(1, 100), default=1, show_default=True)
-@click.option("--node", metavar="ID", help="The only id that it lets in.")
-@connection_options
-def join_token(
-    ttl: str,
-    uses: int,
-    node: str | None,
-    url: str,
-    api_key: str | None,
-    timeout_s: float | None,
-    as_json: bool,
-) -> None:
-    """Make a token with which a new node joins, and gets its certificate.
-
-    Whoever has it can make a node: hand it over as you would a password. To give the id of a
-    node whose disk is lost to a new one, name it with --node.
-
-    \b
-    agentmem cluster join-token
-    agentmem cluster join-token --ttl 15m --node n4
-    """
-    import agentmem_client as client
-    from agentmem_client.aio import seed_urls
-    from agentmem_client.calls import API, Call, encode
-
-    body: dict[str, Any] = {"ttl_s": seconds_of(ttl), "uses": uses}
-    if node is not None:
-        body["node"] = node
-
-    async def ask() -> Any:
-        async with client.AsyncClient(url, api_key=api_key) as asking:
-            return await asking.run(
-                Call(
-                    name="join_token",
-                    method="POST",
-                    path=f"{API}/cluster/join-tokens",
-                    read=lambda answer: answer,
-                    body=encode(body),
-                    deadline_s=timeout_s,
-                )
-            )
-
-    try:
-        made = asyncio.run(ask())
-    except ValueError as error:
-        raise click.UsageError(f"--url: {error}") from error
-    except client.AgentMemError as error:
-        raise failure(error) from error
-    if wants_json(as_json):
-        print_json(made)
-        return
-    whom = f"node {node}" if node else f"{uses} {'node' if uses == 1 else 'nodes'}"
-    click.echo(f"{made['token']}\n")
-    click.echo(f"It lets {whom} in until {made['expires_at']}. On the new machine:\n")
-    click.echo(
-        f"agentmem serve --join TOKEN --at {seed_urls(url)[0]} --id {node or 'ID'} --data DIR "
-        "--listen HOST:PORT --peer-listen HOST:PORT"
-    )
 
 
 @dataclass(frozen=True, slots=True)

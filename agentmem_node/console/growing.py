@@ -58,7 +58,7 @@ def join(demo: Demo) -> tuple[str, float]:
         raise DevClusterError(f"{NODES_MAX} nodes are enough for one machine: `drain` one.")
     begun = time.monotonic()
     node = demo.cluster.place_newcomer()
-    token = Admin(demo.client).join_token(node=node.id)
+    token = Admin(demo.client).join_token(node=node.id).token
     demo.cluster.join(node, token, peer=demo.wires.address(None, node.id, node.peer))
     return node.id, time.monotonic() - begun
 

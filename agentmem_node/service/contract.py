@@ -16,6 +16,7 @@ from agentmem_node.security.keys import KeyOwner
 from agentmem_node.service.join_messages import (
     JoinAnswer,
     JoinRequest,
+    JoinTokenKept,
     JoinTokenMade,
     JoinTokenRequest,
 )
@@ -84,6 +85,14 @@ class NodeService(Protocol):
 
     async def make_join_token(self, caller: Caller, wish: JoinTokenRequest) -> JoinTokenMade:
         """A token with which other nodes may join. Raises Conflict on a node that runs alone."""
+        ...
+
+    async def join_tokens(self, caller: Caller) -> Sequence[JoinTokenKept]:
+        """Those of the last day."""
+        ...
+
+    async def revoke_join_token(self, caller: Caller, token_id: str) -> JoinTokenKept:
+        """Nobody joins with it any more. Raises NotFound."""
         ...
 
     async def join(self, request: JoinRequest) -> JoinAnswer:

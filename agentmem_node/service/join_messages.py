@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -40,10 +40,21 @@ class JoinTokenMade(msgspec.Struct, kw_only=True):
     """The token is shown only now: the cluster keeps what checks it, not the token."""
 
     token: str
-    id: Annotated[str, Meta(description="Names it in logs; part of the token, no secret.")]
+    id: Annotated[str, Meta(description="Names it in logs, and to revoke it; no secret.")]
     expires_at: str
     uses: int
     node: str | None
+
+
+class JoinTokenKept(msgspec.Struct, kw_only=True):
+    """A token without its secret, which the cluster does not have."""
+
+    id: str
+    state: Literal["open", "used_up", "expired"]
+    expires_at: str
+    uses: Annotated[int, Meta(description="How many nodes may join with it.")]
+    node: Annotated[str | None, Meta(description="The only id that it lets in.")]
+    joined: Annotated[list[str], Meta(description="Whom it has let in so far.")]
 
 
 class JoinRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

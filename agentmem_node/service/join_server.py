@@ -36,6 +36,7 @@ from agentmem_node.service.join_messages import (
     SHARED_SETTINGS,
     JoinAnswer,
     JoinRequest,
+    JoinTokenKept,
     JoinTokenMade,
     JoinTokenRequest,
     Place,
@@ -95,6 +96,8 @@ class Joins:
     def serve(self) -> None:
         if self._link is not None:
             self._link.register("join.keep", self._on_keep)
+            self._link.register("join.list", self._on_list)
+            self._link.register("join.revoke", self._on_revoke)
             self._link.register("join.admit", self._on_admit)
             self._link.register("join.sign", self._on_sign)
 
@@ -121,6 +124,16 @@ class Joins:
             uses=wish.uses,
             node=wish.node,
         )
+
+    async def tokens(self) -> list[JoinTokenKept]:
+        """Every token of the last day, the one that ends last first. Raises Unavailable."""
+        found = await self._at_leader("join.list", self._on_list, {})
+        return msgspec.convert(found, list[JoinTokenKept])
+
+    async def revoke_token(self, token_id: str) -> JoinTokenKept:
+        """Forget a token; nodes that it has let in stay. Raises NotFound, Unavailable."""
+        found = await self._at_leader("join.revoke", self._on_revoke, {"id": token_id})
+        return msgspec.convert(found, JoinTokenKept)
 
     async def join(self, request: JoinRequest) -> JoinAnswer:
         """Let a node in. Raises Unauthorized, Forbidden, Conflict, BadRequest, Unavailable."""
@@ -157,10 +170,35 @@ class Joins:
             if len(tokens) >= _TOKENS_MAX:
                 raise Overloaded(
                     f"There are {_TOKENS_MAX} join tokens already.",
-                    hint="Each is forgotten a day after its end.",
+                    hint="Each is forgotten a day after its end, or once it is revoked: `agentmem "
+                    "cluster revoke-token`.",
                 )
             KeptToken.from_bytes(body["kept"])
             await self._propose(kv_put(KEPT_UNDER + str(body["id"]), body["kept"]))
+
+    async def _on_list(self, _peer: str, _body: dict[str, Any]) -> list[dict[str, Any]]:
+        """`join.list`: the tokens, without what checks them."""
+        tokens, now_ms = _tokens_of(await self._membership.read_state()), self._clock.wall_ms()
+        newest_first = sorted(tokens.items(), key=lambda one: (-one[1].expires_ms, one[0]))
+        return [
+            _shown(token_id, kept, now_ms)
+            for token_id, kept in newest_first
+            if not kept.is_forgotten(now_ms)
+        ]
+
+    async def _on_revoke(self, _peer: str, body: dict[str, Any]) -> dict[str, Any]:
+        """`join.revoke`: in turn with those who join, so that each came before it or is refused."""
+        token_id = str(body["id"])
+        async with self._admitting:
+            kept = _tokens_of(await self._membership.read_state()).get(token_id)
+            if kept is None:
+                raise NotFound(
+                    f"There is no join token {token_id!r}.",
+                    hint="It may be revoked already: see `agentmem cluster join-tokens`.",
+                )
+            await self._propose(kv_delete(KEPT_UNDER + token_id))
+        log.info("join token %s was revoked", token_id)
+        return _shown(token_id, kept, self._clock.wall_ms())
 
     async def _on_admit(self, _peer: str, body: dict[str, Any]) -> dict[str, str]:
         """`join.admit`: check a request, sign, register the node, answer."""
@@ -173,8 +211,8 @@ class Joins:
             ):
                 raise Unauthorized(
                     "This cluster has no such join token.",
-                    hint="It was made by another cluster, or ended more than a day ago. Make one "
-                    "here with `agentmem cluster join-token`.",
+                    hint="It was made by another cluster, was revoked, or ended more than a day "
+                    "ago. Make one here with `agentmem cluster join-token`.",
                 )
             wish = _read_wish(request.payload)
             who = Joined(_key_hash(wish), wish.incarnation)
@@ -297,6 +335,19 @@ def _tokens_of(state: MetaState) -> dict[str, KeptToken]:
                 found[key.removeprefix(KEPT_UNDER)] = KeptToken.from_bytes(value)
             except ValueError as error:
                 log.warning("%s: %s", key, error)
+    return found
+
+
+def _shown(token_id: str, kept: KeptToken, now_ms: int) -> dict[str, Any]:
+    shown = JoinTokenKept(
+        id=token_id,
+        state=kept.state(now_ms),
+        expires_at=format_ms(kept.expires_ms),
+        uses=kept.uses,
+        node=kept.node,
+        joined=sorted(kept.joined),
+    )
+    found: dict[str, Any] = msgspec.to_builtins(shown)
     return found
 
 

@@ -12,7 +12,7 @@ import binascii
 import hmac
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgpack
 
@@ -146,6 +146,12 @@ class KeptToken:
 
     def is_forgotten(self, now_ms: int) -> bool:
         return now_ms > self.expires_ms + _REMEMBERED_MS
+
+    def state(self, now_ms: int) -> Literal["open", "used_up", "expired"]:
+        """Used up: those whom it has let in may ask again."""
+        if now_ms >= self.expires_ms:
+            return "expired"
+        return "open" if len(self.joined) < self.uses else "used_up"
 
     def after(self, node: str, who: Joined, now_ms: int) -> KeptToken:
         """This token once `node` has used it. Raises Forbidden when it may not."""

@@ -56,6 +56,7 @@ from agentmem_node.service.healing import Healing
 from agentmem_node.service.join_messages import (
     JoinAnswer,
     JoinRequest,
+    JoinTokenKept,
     JoinTokenMade,
     JoinTokenRequest,
 )
@@ -608,6 +609,12 @@ class Node:
 
     async def make_join_token(self, caller: Caller, wish: JoinTokenRequest) -> JoinTokenMade:
         return await self._joins.make_token(wish)
+
+    async def join_tokens(self, caller: Caller) -> list_[JoinTokenKept]:
+        return await self._joins.tokens()
+
+    async def revoke_join_token(self, caller: Caller, token_id: str) -> JoinTokenKept:
+        return await self._joins.revoke_token(token_id)
 
     async def join(self, request: JoinRequest) -> JoinAnswer:
         return await self._joins.join(request)

@@ -27,6 +27,7 @@ from agentmem_node.service.contract import Caller
 from agentmem_node.service.join_messages import (
     JoinAnswer,
     JoinRequest,
+    JoinTokenKept,
     JoinTokenMade,
     JoinTokenRequest,
 )
@@ -34,6 +35,9 @@ from tests.api.operations_in_memory import OperationsInMemory
 
 KEY_ANA, KEY_BEN = "am_" + "a" * 52, "am_" + "b" * 52
 AT = "2026-01-31T09:30:00.000Z"
+
+
+KEPT = JoinTokenKept(id="ab" * 8, state="open", expires_at=AT, uses=2, node=None, joined=["n4"])
 
 
 @dataclass
@@ -108,6 +112,16 @@ class DictionaryService(OperationsInMemory):
     async def make_join_token(self, caller: Caller, wish: JoinTokenRequest) -> JoinTokenMade:
         await self._called("make_join_token", caller, wish)
         return JoinTokenMade(token="amj_", id="0" * 16, expires_at=AT, uses=wish.uses, node=None)
+
+    async def join_tokens(self, caller: Caller) -> list[JoinTokenKept]:
+        await self._called("join_tokens", caller, None)
+        return [KEPT]
+
+    async def revoke_join_token(self, caller: Caller, token_id: str) -> JoinTokenKept:
+        await self._called("revoke_join_token", caller, token_id)
+        if token_id != KEPT.id:
+            raise NotFound("There is no such join token.")
+        return KEPT
 
     async def join(self, request: JoinRequest) -> JoinAnswer:
         self.seen.append(request)

@@ -29,6 +29,26 @@ def test_only_keys_with_admin_rights_make_tokens(run: Run) -> None:
     run(scenario, **KEYS)
 
 
+def test_only_keys_with_admin_rights_see_and_revoke_tokens(run: Run) -> None:
+    async def scenario(node: Any) -> None:
+        ops = {"X-API-Key": KEY_OPS}
+        every = "/api/v1/cluster/join-tokens"
+        one = f"{every}/{'ab' * 8}"
+        for path, method in ((every, "GET"), (one, "DELETE")):
+            assert (await node.ask(method, path)).status == 401
+            refused = await node.ask(method, path, headers={"X-API-Key": KEY_ANA})
+            assert (refused.status, refused.json["code"]) == (403, "forbidden")
+        assert node.service.seen == []
+        found = await node.ask("GET", every, headers=ops)
+        assert [token["joined"] for token in found.json["tokens"]] == [["n4"]]
+        revoked = await node.ask("DELETE", one, headers=ops)
+        assert (revoked.status, revoked.json) == (200, found.json["tokens"][0])
+        unknown = await node.ask("DELETE", one + "0", headers=ops)
+        assert (unknown.status, unknown.json["code"]) == (404, "not_found")
+
+    run(scenario, **KEYS)
+
+
 def test_a_node_joins_without_a_key(run: Run) -> None:
     async def scenario(node: Any) -> None:
         answer = await node.post("/cluster/join", REQUEST)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentmem_cluster.realtime import RealRng
-from agentmem_node.cli.join import seconds_of
+from agentmem_node.cli.join_tokens import seconds_of
 from agentmem_node.service.join_client import has_joined
 from agentmem_node.service.join_tokens import JoinToken
 from tests.join.conftest import AGENTMEM

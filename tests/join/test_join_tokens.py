@@ -112,6 +112,15 @@ def test_a_token_ends_and_says_when() -> None:
         kept().after("n4", DISK, HOUR_MS)
 
 
+def test_a_token_is_open_until_it_is_used_up_or_ends() -> None:
+    two = kept(uses=2)
+    assert (two.state(0), two.state(HOUR_MS)) == ("open", "expired")
+    used = two.after("n4", DISK, 0)
+    assert used.state(0) == "open"
+    used = used.after("n5", DISK, 0)
+    assert (used.state(0), used.state(HOUR_MS)) == ("used_up", "expired")
+
+
 def test_a_token_for_one_node_lets_no_other_in() -> None:
     with pytest.raises(Forbidden, match="lets node n4 in, not n5"):
         kept(node="n4").after("n5", DISK, 0)

@@ -131,6 +131,27 @@ def test_a_node_that_is_not_let_in_is_told_why(cluster: DevCluster, site: Site) 
     assert user.is_ready()
 
 
+def test_a_revoked_token_lets_nobody_else_in_and_whom_it_let_in_stays(
+    cluster: DevCluster, site: Site
+) -> None:
+    token = join_token(cluster.urls[0], "--uses", "2")
+    token_id = JoinToken.parse(token).id
+    user = site.join("m1", token, cluster.urls[1])
+    wait_for(user.is_ready)
+    tokens = f"{API}/cluster/join-tokens"
+    for url in cluster.urls:
+        status, answer = ask(url, "GET", tokens)
+        (found,) = [one for one in answer["tokens"] if one["id"] == token_id]
+        assert (status, found["state"], found["joined"]) == (200, "open", ["m1"])
+        assert token not in str(answer) and "key" not in found
+    assert ask(cluster.urls[2], "DELETE", f"{tokens}/{token_id}")[0] == 200
+    assert "no such join token" in _refusal(site, "late", token, cluster.urls[0])
+    status, answer = ask(cluster.urls[0], "DELETE", f"{tokens}/{token_id}")
+    assert (status, answer["code"]) == (404, "not_found")
+    assert all(one["id"] != token_id for one in ask(cluster.urls[0], "GET", tokens)[1]["tokens"])
+    serves(user, cluster.urls)
+
+
 def _refusal(site: Site, name: str, token: str, url: str, node_id: str = "n6") -> str:
     code, said = site.join(name, token, url, node_id=node_id).end()
     assert code != 0, said
