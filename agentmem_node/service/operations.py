@@ -311,7 +311,8 @@ class Operations:
         there = {name for name in view.nodes if view.states.get(name) != REMOVED}
         down = sorted({*view.map.nodes(), *there} - self._up(view))
         if down:
-            warnings.append(f"Not connected: {', '.join(down)}.")
+            then = " Rebalance again once that has changed." if wish.kind == "rebalance" else ""
+            warnings.append(f"Not connected: {', '.join(down)}.{then}")
         if view.changes:
             warnings.append(f"Under way already: changes of {', '.join(sorted(view.changes))}.")
         if wish.kind == "rewind":
