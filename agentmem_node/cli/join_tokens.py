@@ -12,6 +12,7 @@ from agentmem_node.cli.admin import open_admin
 from agentmem_node.cli.connect import connection_options
 from agentmem_node.cli.output import console, print_json, table, wants_json
 from agentmem_node.service.join_messages import USES_MAX, JoinTokenKept
+from agentmem_node.service.join_tokens import PREFIX, BadToken, JoinToken
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -56,7 +57,8 @@ def join_token(
         return
     whom = f"node {node}" if node else f"{uses} {'node' if uses == 1 else 'nodes'}"
     click.echo(f"{made.token}\n")
-    click.echo(f"It lets {whom} in until {made.expires_at}. On the new machine:\n")
+    click.echo(f"It lets {whom} in until {made.expires_at}, and its id is {made.id}.")
+    click.echo("On the new machine:\n")
     click.echo(
         f"agentmem serve --join TOKEN --at {seed_urls(url)[0]} --id {node or 'ID'} --data DIR "
         "--listen HOST:PORT --peer-listen HOST:PORT"
@@ -89,13 +91,24 @@ def _row(token: JoinTokenKept) -> tuple[str, ...]:
     return token.id, state, token.expires_at, whom, ", ".join(token.joined) or "-"
 
 
+def _id_of(token: str) -> str:
+    """Raises click.UsageError for a token that was not copied whole."""
+    if not token.startswith(PREFIX):
+        return token
+    try:
+        return JoinToken.parse(token).id
+    except BadToken as error:
+        raise click.UsageError(str(error)) from error
+
+
 @click.command("revoke-token", short_help="Revoke a join token.")
-@click.argument("token_id", metavar="ID")
+@click.argument("token", metavar="ID|TOKEN")
 @connection_options
 def revoke_token(
-    token_id: str, url: str, api_key: str | None, timeout_s: float | None, as_json: bool
+    token: str, url: str, api_key: str | None, timeout_s: float | None, as_json: bool
 ) -> None:
-    """Let nobody join any more with the token with ID, as `agentmem cluster join-tokens` has it.
+    """Let nobody join any more with a token: the one with ID, as `agentmem cluster join-tokens` has
+    it, or the TOKEN itself.
 
     A node that it has let in stays: `agentmem cluster remove` takes it out.
 
@@ -103,7 +116,7 @@ def revoke_token(
     agentmem cluster revoke-token 1f6b0c2d9a3e4857
     """
     with open_admin(url, api_key, timeout_s) as admin:
-        revoked = admin.revoke_join_token(token_id)
+        revoked = admin.revoke_join_token(_id_of(token))
     if wants_json(as_json):
         print_json(msgspec.to_builtins(revoked))
         return

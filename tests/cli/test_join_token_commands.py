@@ -8,6 +8,7 @@ import click
 import pytest
 
 from agentmem_node.cli.exits import Exit
+from agentmem_node.service.join_tokens import JoinToken
 from tests.api.conftest import KEPT
 
 
@@ -20,6 +21,7 @@ def test_a_token_is_shown_with_what_to_do_with_it(agentmem: Any, operators: Any)
     made = agentmem("cluster", "join-token", "--ttl", "90s", "--uses", "3", terminal=True)
     assert made.code == Exit.OK, made.err
     assert made.out.startswith("amj_\n") and "lets 3 nodes in" in made.out
+    assert f"its id is {'0' * 16}" in made.out
     assert f"serve --join TOKEN --at {operators.url} --id ID" in made.out
     wish = operators.seen[-1]
     assert (wish.ttl_s, wish.uses, wish.node) == (90, 3, None)
@@ -43,5 +45,14 @@ def test_a_token_is_revoked_and_it_is_said_who_stays(agentmem: Any, operators: A
     assert revoked.out == f"token {KEPT.id} is revoked\nit had let n4 in, which stays\n"
     assert operators.seen == [KEPT.id]
     assert agentmem("cluster", "revoke-token", KEPT.id).json["id"] == KEPT.id
-    unknown = agentmem("cluster", "revoke-token", "amj_/../x")
+    unknown = agentmem("cluster", "revoke-token", "../x")
     assert unknown.code == Exit.NOT_FOUND and "no such join token" in unknown.err
+
+
+def test_a_token_can_be_revoked_by_itself(agentmem: Any, operators: Any) -> None:
+    token = str(JoinToken(KEPT.id, b"s" * 32))
+    assert agentmem("cluster", "revoke-token", token).code == Exit.OK
+    assert operators.seen == [KEPT.id], "its secret went nowhere"
+    torn = agentmem("cluster", "revoke-token", token[:-1])
+    assert torn.code == Exit.USAGE and "copy it whole" in torn.err
+    assert operators.seen == [KEPT.id]
