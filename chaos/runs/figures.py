@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from agentmem_chaos.runs.strikes import Struck
@@ -33,34 +34,25 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
     }
 
 
-def shard_of(topology: Topology | None, owner: str) -> str | None:
-    if topology is None:
-        return None
-    shard = topology.shard_of_owner(f"user:{owner}")
-    return None if shard is None else shard.id
-
-
-def next_writes_s(
-    struck: Sequence[Struck], ops: Sequence[Op], topology: Topology | None
-) -> list[float]:
+def next_writes_s(struck: Sequence[Struck], ops: Sequence[Op]) -> list[float]:
     """For each fault and each shard that a victim led: the seconds from the strike to the first
-    acknowledgement of a write that was begun after it."""
+    acknowledgement of a write, to an owner that the shard had then, that was begun after it."""
     acknowledged: dict[str, list[Op]] = {}
     for op in ops:
         if op.is_ok and op.kind in WRITES:
-            shard = shard_of(topology, op.owner)
-            if shard is not None:
-                acknowledged.setdefault(shard, []).append(op)
+            acknowledged.setdefault(op.owner, []).append(op)
     found = []
     for fault in struck:
-        for shard in fault.led:
-            times = [
-                op.returned_s - fault.at_s
-                for op in acknowledged.get(shard, ())
-                if op.invoked_s >= fault.at_s
-            ]
-            if times:
-                found.append(min(times))
+        if fault.view is None:
+            continue
+        topology = Topology.read(fault.view)
+        first: dict[str, float] = {}
+        for owner, writes in acknowledged.items():
+            shard = topology.shard_of_owner(f"user:{owner}")
+            times = (op.returned_s for op in writes if op.invoked_s >= fault.at_s)
+            if shard is not None and shard.id in fault.led:
+                first[shard.id] = min(first.get(shard.id, math.inf), *times, math.inf)
+        found += [at_s - fault.at_s for at_s in first.values() if at_s < math.inf]
     return found
 
 
@@ -70,10 +62,7 @@ def silences_s(ops: Sequence[Op]) -> float:
     return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
 
 
-def figures(
-    ops: Sequence[Op], struck: Sequence[Struck], view: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    topology = None if view is None else Topology.read(view)
+def figures(ops: Sequence[Op], struck: Sequence[Struck]) -> dict[str, Any]:
     outcomes = Counter(op.outcome for op in ops)
     of_one_leader = [fault for fault in struck if fault.nemesis in ("kill-leader", "pause-leader")]
     return {
@@ -85,7 +74,7 @@ def figures(
         "error_codes": dict(Counter(op.code for op in ops if op.code)),
         "faults": len(struck),
         "latency_s": spread([op.returned_s - op.invoked_s for op in ops if op.is_ok]),
-        "lost_leader_to_next_write_s": spread(next_writes_s(of_one_leader, ops, topology)),
+        "lost_leader_to_next_write_s": spread(next_writes_s(of_one_leader, ops)),
         "healed_to_ready_s": spread([f.ready_s for f in struck if f.ready_s is not None]),
         "longest_without_a_write_s": round(silences_s(ops), 3),
     }

@@ -85,7 +85,11 @@ class Observer:
     def leaders(self) -> dict[str, str]:
         return {shard: leader for shard, (_, leader) in self._leaders.items()}
 
+    def newest_view(self) -> dict[str, Any] | None:
+        """Of all nodes, the one with the newest shard map."""
+        return max(self.views.values(), key=lambda view: int(view["version"]), default=None)
+
     def members(self) -> dict[str, tuple[str, ...]]:
-        for view in self.views.values():
-            return {shard: tuple(told["members"]) for shard, told in view["shards"].items()}
-        return {}
+        view = self.newest_view()
+        shards = {} if view is None else view["shards"]
+        return {shard: tuple(told["members"]) for shard, told in shards.items()}

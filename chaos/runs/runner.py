@@ -193,5 +193,4 @@ class Run:
         result.crashes = striker.crashes
         result.damages = striker.damages
         result.ops = history.ops
-        view = next(iter((evidence.views or observer.views).values()), None)
-        result.figures = figures(history.ops, striker.struck, view)
+        result.figures = figures(history.ops, striker.struck)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ RESTARTS_MAX = 3
 
 @dataclass(slots=True)
 class Struck:
-    """One fault as it happened. `led`: the shards that its victims led at that moment.
+    """One fault as it happened. `led`: the shards that its victims led at that moment, which is how
+    `view` has them: a shard that is split later keeps its name, and not all its owners.
 
     `ready_s`: from the undoing until every node was ready; None when the next fault came first.
     """
@@ -42,6 +43,7 @@ class Struck:
     undone_s: float | None = None
     ready_s: float | None = None
     failed: str = ""
+    view: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -106,7 +108,7 @@ class Striker:
         chance = random.Random(f"strike:{strike.seed}")
         field_ = Field(self.hosts, chance, self.observer.leaders, self.observer.members)
         leaders = self.observer.leaders()
-        record = Struck(strike.nemesis, self.now_s(), strike.seed)
+        record = Struck(strike.nemesis, self.now_s(), strike.seed, view=self.observer.newest_view())
         self.struck.append(record)
         self._now_striking = nemesis
         try:

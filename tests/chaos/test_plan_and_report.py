@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from agentmem_chaos.hosts.registry import HOSTS
 from agentmem_chaos.nemeses.plan import CALM_FIRST_S, plan
 from agentmem_chaos.nemeses.registry import NEMESES
 from agentmem_chaos.report.page import write_page
-from agentmem_chaos.runs.figures import figures, percentile
+from agentmem_chaos.runs.figures import figures, next_writes_s, percentile
 from agentmem_chaos.runs.observer import LeaderChange
 from agentmem_chaos.runs.result import TIMELINE, RunResult, find_run, load, save
 from agentmem_chaos.runs.scenario import NAMED, find
 from agentmem_chaos.runs.strikes import Struck
 from agentmem_chaos.workloads.registry import WORKLOADS
+from agentmem_client import Topology
 from tests.chaos.evidence import FAILED, UNKNOWN, Story
 
 HOLDS = {name: kind.hold_s for name, kind in NEMESES.items()}
@@ -122,6 +124,24 @@ CLUSTER = {
 }
 
 
+HALVES = {
+    **CLUSTER,
+    "shards": {
+        "s00": {"epoch": 2, "members": ["n1"], "leader": "n1", "slots": [[0, 8_191]]},
+        "s01": {"epoch": 2, "members": ["n1"], "leader": "n1", "slots": [[8_192, 16_383]]},
+    },
+}
+
+
+def owner_in(shard: str) -> str:
+    halves = Topology.read(HALVES)
+    for owner in (f"owner-{number}" for number in range(1_000)):
+        found = halves.shard_of_owner(f"user:{owner}")
+        if found is not None and found.id == shard:
+            return owner
+    raise AssertionError("not one of a thousand")
+
+
 def test_the_next_write_after_a_lost_leader_is_one_that_was_begun_after_it() -> None:
     story = Story()
     story.op("write", "r1", value="a", at=(0.5, 1.5))  # begun before
@@ -129,8 +149,8 @@ def test_the_next_write_after_a_lost_leader_is_one_that_was_begun_after_it() -> 
     story.op("read", "r1", at=(1.2, 1.3))
     story.op("write", "r1", value="b", at=(1.4, 2.25))
     story.op("write", "r1", UNKNOWN, at=(2.0, 9.0))
-    struck = [Struck("kill-leader", 1.0, 1, led=("s00",), undone_s=4.0, ready_s=0.5)]
-    found = figures(story.ops, struck, CLUSTER)
+    fault = Struck("kill-leader", 1.0, 1, led=("s00",), view=CLUSTER, undone_s=4.0, ready_s=0.5)
+    found = figures(story.ops, [fault])
     assert found["lost_leader_to_next_write_s"] == {
         "count": 1,
         "p50": 1.25,
@@ -140,6 +160,21 @@ def test_the_next_write_after_a_lost_leader_is_one_that_was_begun_after_it() -> 
     assert (found["operations"], found["ok"], found["failed"], found["unknown"]) == (5, 3, 1, 1)
     assert found["longest_without_a_write_s"] == 0.75
     assert found["healed_to_ready_s"]["max"] == 0.5
+
+
+def test_the_next_write_counts_for_the_shard_that_had_its_owner_then() -> None:
+    """`s00` may be split afterwards, and have none of its busy owners any more."""
+    low, high = (owner_in(half) for half in ("s00", "s01"))
+    story = Story()
+    story.op("write", "r1", owner=low, value="a", at=(1.5, 2.0))
+    story.op("write", "r2", owner=high, value="b", at=(1.5, 3.0))
+    story.op("write", "r1", owner=low, value="c", at=(90.0, 91.0))
+    whole = Struck("kill-leader", 1.0, 1, led=("s00",), view=CLUSTER)
+    assert next_writes_s([whole], story.ops) == [1.0]
+    halves = replace(whole, led=("s00", "s01"), view=HALVES)
+    assert sorted(next_writes_s([halves], story.ops)) == [1.0, 2.0]
+    assert next_writes_s([replace(halves, at_s=2.5)], story.ops) == [88.5]
+    assert next_writes_s([replace(halves, view=None)], story.ops) == []
 
 
 # -- results and the page -------------------------------------------------------------------
@@ -166,7 +201,7 @@ def a_result(verdict: Verdict = Verdict.HOLDS, failed: str = "") -> RunResult:
             Struck("kill-leader", 1.0, 1, "SIGKILL to n1", ("n1",), ("s00",), 4.0, 0.5, failed)
         ],
         leaders=[LeaderChange(0.1, "s00", 1, "n1"), LeaderChange(1.9, "s00", 2, "n2")],
-        figures=figures(story.ops, [], None),
+        figures=figures(story.ops, []),
         ops=story.ops,
     )
 
