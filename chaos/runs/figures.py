@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from agentmem_chaos.runs.strikes import Struck
 from agentmem_chaos.workloads.history import Op, Outcome
 from agentmem_client import Topology
 
+IDLE_S = 1.0
 WRITES = frozenset({"add", "create", "write", "cas", "delete", "tick", "again"})
 
 
@@ -36,23 +36,31 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
 
 def next_writes_s(struck: Sequence[Struck], ops: Sequence[Op]) -> list[float]:
     """For each fault and each shard that a victim led: the seconds from the strike to the first
-    acknowledgement of a write, to an owner that the shard had then, that was begun after it."""
-    acknowledged: dict[str, list[Op]] = {}
+    acknowledgement of a write, to an owner that the shard had then, that was begun after it.
+
+    Left out are shards that nobody began to write to within `IDLE_S` of the strike: parts of a
+    shard that was split may have few owners, and that these are idle is no outage.
+    """
+    written: dict[str, list[Op]] = {}
     for op in ops:
-        if op.is_ok and op.kind in WRITES:
-            acknowledged.setdefault(op.owner, []).append(op)
+        if op.kind in WRITES:
+            written.setdefault(op.owner, []).append(op)
     found = []
     for fault in struck:
         if fault.view is None:
             continue
         topology = Topology.read(fault.view)
-        first: dict[str, float] = {}
-        for owner, writes in acknowledged.items():
+        begun: dict[str, list[Op]] = {}
+        for owner, writes in written.items():
             shard = topology.shard_of_owner(f"user:{owner}")
-            times = (op.returned_s for op in writes if op.invoked_s >= fault.at_s)
             if shard is not None and shard.id in fault.led:
-                first[shard.id] = min(first.get(shard.id, math.inf), *times, math.inf)
-        found += [at_s - fault.at_s for at_s in first.values() if at_s < math.inf]
+                since = [op for op in writes if op.invoked_s >= fault.at_s]
+                begun.setdefault(shard.id, []).extend(since)
+        for writes in begun.values():
+            acknowledged_s = [op.returned_s for op in writes if op.is_ok]
+            is_busy = any(op.invoked_s < fault.at_s + IDLE_S for op in writes)
+            if is_busy and acknowledged_s:
+                found.append(min(acknowledged_s) - fault.at_s)
     return found
 
 

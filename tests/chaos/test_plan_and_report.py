@@ -173,6 +173,8 @@ def test_the_next_write_counts_for_the_shard_that_had_its_owner_then() -> None:
     assert next_writes_s([whole], story.ops) == [1.0]
     halves = replace(whole, led=("s00", "s01"), view=HALVES)
     assert sorted(next_writes_s([halves], story.ops)) == [1.0, 2.0]
+    assert next_writes_s([replace(halves, at_s=2.5)], story.ops) == [], "nobody wrote for a while"
+    story.op("write", "r1", FAILED, owner=low, at=(3.0, 9.0))
     assert next_writes_s([replace(halves, at_s=2.5)], story.ops) == [88.5]
     assert next_writes_s([replace(halves, view=None)], story.ops) == []
 
