@@ -112,8 +112,8 @@ def plan_rebalance(map: ShardMap, nodes: Nodes, replication: int) -> list[Step]:
     """The few moves after which replicas are well spread and loads within bounds.
 
     New nodes take their part, draining and lost nodes are relieved, shards get `replication`
-    replicas where there are as many nodes. Left out is what cannot be done now: shards without a
-    live majority, and replicas for a node that is down; a later plan has them.
+    replicas where there are as many nodes. Left out is what cannot be done now, because a node
+    that should take a replica is down or the shard lacks a live majority; a later plan has it.
     """
     _checked(replication)
     states = states_of(nodes, map)
@@ -129,8 +129,9 @@ def plan_rebalance(map: ShardMap, nodes: Nodes, replication: int) -> list[Step]:
     )
     targets = {}
     for name, info in map.shards.items():
-        new = _for_now(info, _padded(info, set(placed[name]), states, replication), states)
-        if has_quorum(info.members, states) and has_quorum(new, states):
+        new = _padded(info, set(placed[name]), states, replication)
+        can_copy = all(states[n].takes_replicas for n in new - set(info.members))
+        if can_copy and has_quorum(info.members, states) and has_quorum(new, states):
             targets[name] = new
     return _steps(map, states, targets)
 
@@ -266,21 +267,6 @@ def _padded(
     lost = [n for n in spare if states[n].is_lost][: max(0, wanted - len(padded))]
     larger = {*padded, *lost}
     return padded if padded and majority(padded) < majority(larger) else larger
-
-
-def _for_now(old: ShardInfo, new: set[str], states: States) -> set[str]:
-    """`new`, but for who cannot copy now a member stays that is to go: one node that is down keeps
-    no other from its part. The old members, where that would leave fewer replicas or zones."""
-    absent = {n for n in new.difference(old.members) if not states[n].takes_replicas}
-    if not absent:
-        return new
-    come = new - absent
-    zones = {states[n].zone for n in come}
-    spare = [n for n in _leader_first(old) if n not in new and states[n].is_live]
-    spare.sort(key=lambda n: (states[n].is_draining, states[n].zone in zones))
-    now = come.union(spare[: len(absent)])
-    is_as_spread = len({states[n].zone for n in now}) >= len({states[n].zone for n in old.members})
-    return now if len(now) == len(new) and is_as_spread else {*old.members}
 
 
 def _missed(

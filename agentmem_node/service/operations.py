@@ -311,8 +311,7 @@ class Operations:
         there = {name for name in view.nodes if view.states.get(name) != REMOVED}
         down = sorted({*view.map.nodes(), *there} - self._up(view))
         if down:
-            then = " Rebalance again once that has changed." if wish.kind == "rebalance" else ""
-            warnings.append(f"Not connected: {', '.join(down)}.{then}")
+            warnings.append(f"Not connected: {', '.join(down)}.")
         if view.changes:
             warnings.append(f"Under way already: changes of {', '.join(sorted(view.changes))}.")
         if wish.kind == "rewind":
