@@ -150,6 +150,7 @@ def test_a_revoked_token_lets_nobody_else_in_and_whom_it_let_in_stays(
     assert (status, answer["code"]) == (404, "not_found")
     assert all(one["id"] != token_id for one in ask(cluster.urls[0], "GET", tokens)[1]["tokens"])
     serves(user, cluster.urls)
+    _operate(cluster.urls[0], "remove", "m1")
 
 
 def _refusal(site: Site, name: str, token: str, url: str, node_id: str = "n6") -> str:
