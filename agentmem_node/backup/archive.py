@@ -361,19 +361,14 @@ class Archive:
 
     def end_of(self, part: Part) -> int:
         """The last entry that counts of those that are archived now: what its leader had under way
-        behind the seal of an epoch was never applied. What cannot be read is left to who needs it.
-        """
+        behind the seal of an epoch was never applied."""
         own = [s for s in self.segments(part.shard) if s.epoch >= part.epoch]
         newest = [segment for segment in own if segment.epoch == own[-1].epoch]
         end = max((segment.last for segment in newest), default=part.base)
         for segment in reversed(newest):
             if segment.last < end - _UNDER_WAY_MAX:
                 break
-            try:
-                entries = self.read(segment).entries
-            except (BackupMissing, BackupDamaged):
-                continue  # a moment before it does not need it, and any other says so
-            for entry in entries:
+            for entry in self.read(segment).entries:
                 if decode_control(entry.command) == Seal(segment.epoch):
                     end = min(end, entry.index)
         return end
