@@ -12,7 +12,7 @@ from agentmem_node.cli.admin import open_admin
 from agentmem_node.cli.connect import connection_options
 from agentmem_node.cli.output import console, print_json, table, wants_json
 from agentmem_node.service.join_messages import USES_MAX, JoinTokenKept
-from agentmem_node.service.join_tokens import PREFIX, BadToken, JoinToken
+from agentmem_node.service.join_tokens import BadToken, JoinToken
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -91,14 +91,15 @@ def _row(token: JoinTokenKept) -> tuple[str, ...]:
     return token.id, state, token.expires_at, whom, ", ".join(token.joined) or "-"
 
 
-def _id_of(token: str) -> str:
-    """Raises click.UsageError for a token that was not copied whole."""
-    if not token.startswith(PREFIX):
-        return token
+def _id_of(given: str) -> str:
+    """Raises click.UsageError for what is neither: a secret that was pasted with something before
+    it must not be sent as an id."""
+    if re.fullmatch(r"[0-9a-f]{16}", given.strip()):
+        return given.strip()
     try:
-        return JoinToken.parse(token).id
+        return JoinToken.parse(given).id
     except BadToken as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(f"{error} An id is 16 hexadecimal digits.") from error
 
 
 @click.command("revoke-token", short_help="Revoke a join token.")

@@ -217,8 +217,12 @@ class Joins:
             wish = _read_wish(request.payload)
             who = Joined(_key_hash(wish), wish.incarnation)
             used = kept.after(wish.node, who, self._clock.wall_ms())
-            info = self._place_of(wish, kept, state)
+            self._place_of(wish, kept, state)  # nothing is signed for an id that is taken
             certificate = await self._sign(wish) if wish.csr else ""
+            state = await self._membership.read_state()
+            if _tokens_of(state).get(request.token_id) != kept:  # by another leader, meanwhile
+                raise Unavailable("The join token has changed meanwhile.", hint="Ask again.")
+            info = self._place_of(wish, kept, state)
             # The use is written before the node is known: never one use too many.
             if used != kept:
                 await self._propose(kv_put(KEPT_UNDER + request.token_id, used.to_bytes()))
@@ -232,7 +236,7 @@ class Joins:
         return {"payload": payload, "proof": proof_of_answer(kept.key, wish.nonce, payload)}
 
     async def _propose(self, command: bytes) -> None:
-        outcome: Outcome = await self._membership.propose(command)
+        outcome: Outcome = await self._membership.propose_here(command)
         if not outcome.ok:
             raise Unavailable(f"The meta group refused: {outcome.status} {outcome.message}".strip())
 

@@ -21,7 +21,7 @@ from agentmem_cluster.runtime import Rng
 
 # Where the meta group keeps them, by the token's id.
 KEPT_UNDER: Final = "join/"
-PREFIX: Final = "amj_"
+_PREFIX: Final = "amj_"
 _ID_BYTES: Final = 8
 _SECRET_BYTES: Final = 32
 _CHECK_BYTES: Final = 3  # with them the whole is 43 bytes: 69 characters
@@ -47,16 +47,16 @@ class JoinToken:
     def __str__(self) -> str:
         body = bytes.fromhex(self.id) + self.secret
         text = base64.b32encode(body + _checksum(body)).decode().rstrip("=").lower()
-        return f"{PREFIX}{text}"
+        return f"{_PREFIX}{text}"
 
     @classmethod
     def parse(cls, text: str) -> JoinToken:
         """Raises BadToken, for a token that was not copied whole, too."""
         text = text.strip()
-        encoded = text.removeprefix(PREFIX)
+        encoded = text.removeprefix(_PREFIX)
         if encoded == text or len(encoded) != _TEXT_CHARS:
             raise BadToken(
-                f"A join token is {PREFIX!r} and {_TEXT_CHARS} letters and digits: copy it whole."
+                f"A join token is {_PREFIX!r} and {_TEXT_CHARS} letters and digits: copy it whole."
             )
         try:
             data = base64.b32decode(encoded.upper() + "=" * (-len(encoded) % 8))

@@ -506,11 +506,18 @@ class Membership:
 
     async def propose(self, command: bytes) -> Outcome:
         """Have the meta group's leader replicate a command, wherever it is. Raises Unavailable."""
-        deadline = self._clock.monotonic() + _CALL_S
         if self._meta is not None and self._meta.is_leader:
-            applied = await self._meta.propose(command, deadline=deadline)
-            return _outcome(applied.result)
+            return await self.propose_here(command)
         return Outcome(*await self.ask_leader("meta.propose", {"command": command}, _CALL_S))
+
+    async def propose_here(self, command: bytes) -> Outcome:
+        """`propose` for who has just read the state as the leader: what follows from that is
+        nothing for another leader to decide. Raises NotLeader on every other node."""
+        if self._meta is None or not self._meta.is_leader:
+            raise NotLeader("This node does not lead the meta group.")
+        deadline = self._clock.monotonic() + _CALL_S
+        applied = await self._meta.propose(command, deadline=deadline)
+        return _outcome(applied.result)
 
     async def ask_leader(self, method: str, body: dict[str, Any], timeout_s: float) -> Any:
         """Call the meta group's leader, another node. Raises Unavailable, and what it raises."""
@@ -552,11 +559,7 @@ class Membership:
 
     async def _on_propose(self, _peer: str, body: dict[str, Any]) -> list[str]:
         """`meta.propose`: only the leader answers; it is asked by authenticated nodes only."""
-        if self._meta is None or not self._meta.is_leader:
-            raise NotLeader("This node does not lead the meta group.")
-        deadline = self._clock.monotonic() + _CALL_S
-        applied = await self._meta.propose(body["command"], deadline=deadline)
-        return list(_outcome(applied.result))
+        return list(await self.propose_here(body["command"]))
 
     async def _on_put_node(self, peer: str, body: dict[str, Any]) -> None:
         """A peer says where it is reached; only itself, because `peer` is authenticated."""

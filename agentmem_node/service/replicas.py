@@ -162,8 +162,8 @@ class Replicas:
         if self._driving is not None:
             self._driving.cancel()
             await asyncio.gather(self._driving, return_exceptions=True)
+        await self._leading.stop()  # first: copies may wait for threads, and it would go on
         await self.copies.stop()
-        await self._leading.stop()
 
     def close(self) -> None:
         """Close every shard; the groups are stopped."""

@@ -116,6 +116,14 @@ class Rewinding(Splitting):
             self.archive()
             self.now_ms += 3
 
+    def goes_on_from(self, manifest: Manifest, folder: Path) -> None:
+        """What is written now, too, can be restored from a backup, by the log."""
+        self.write(8)
+        self.record()
+        self.archive()
+        until_ms, shards, content = self.recorded[-1]
+        assert rebuilt(self.store, manifest, folder, until_ms) == (shards, content)
+
     def record(self) -> None:
         self.recorded.append((self.now_ms, *self.state()))
         self.now_ms += 10
@@ -252,11 +260,7 @@ def test_a_shard_that_was_idle_since_the_moment_it_was_taken_back_to(
     moment_ms = rewinding.recorded[0][0]
     rewinding.now_ms += 1_000
     rewinding.take_back(first, moment_ms)
-    rewinding.write(8)
-    rewinding.record()
-    rewinding.archive()
-    until_ms, shards, content = rewinding.recorded[-1]
-    assert rebuilt(rewinding.store, first, tmp_path, until_ms) == (shards, content)
+    rewinding.goes_on_from(first, tmp_path)
     rewinding.close()
 
 
@@ -270,11 +274,7 @@ def test_a_leader_whose_clock_is_behind_makes_no_rewind_its_own_origin(
     rewinding.now_ms += 1_000
     rewinding.write(3)
     rewinding.take_back(first, moment_ms, clock_ms=moment_ms - 50)
-    rewinding.write(8)
-    rewinding.record()
-    rewinding.archive()
-    until_ms, shards, content = rewinding.recorded[-1]
-    assert rebuilt(rewinding.store, first, tmp_path, until_ms) == (shards, content)
+    rewinding.goes_on_from(first, tmp_path)
     rewinding.close()
 
 
@@ -338,11 +338,7 @@ def test_a_gap_behind_the_moment_that_was_gone_back_to_is_of_no_matter(
     rewinding.logs["s00", 1].clear()  # thrown away before it was archived
     rewinding.write(5)
     rewinding.take_back(first, rewinding.recorded[0][0])
-    rewinding.write(8)
-    rewinding.record()
-    rewinding.archive()
-    until_ms, shards, content = rewinding.recorded[-1]
-    assert rebuilt(rewinding.store, first, tmp_path, until_ms) == (shards, content)
+    rewinding.goes_on_from(first, tmp_path)
     rewinding.close()
 
 

@@ -45,14 +45,16 @@ def test_a_token_is_revoked_and_it_is_said_who_stays(agentmem: Any, operators: A
     assert revoked.out == f"token {KEPT.id} is revoked\nit had let n4 in, which stays\n"
     assert operators.seen == [KEPT.id]
     assert agentmem("cluster", "revoke-token", KEPT.id).json["id"] == KEPT.id
-    unknown = agentmem("cluster", "revoke-token", "../x")
+    unknown = agentmem("cluster", "revoke-token", "0" * 16)
     assert unknown.code == Exit.NOT_FOUND and "no such join token" in unknown.err
 
 
 def test_a_token_can_be_revoked_by_itself(agentmem: Any, operators: Any) -> None:
     token = str(JoinToken(KEPT.id, b"s" * 32))
     assert agentmem("cluster", "revoke-token", token).code == Exit.OK
-    assert operators.seen == [KEPT.id], "its secret went nowhere"
-    torn = agentmem("cluster", "revoke-token", token[:-1])
-    assert torn.code == Exit.USAGE and "copy it whole" in torn.err
-    assert operators.seen == [KEPT.id]
+    assert agentmem("cluster", "revoke-token", f" {token}\n").code == Exit.OK
+    assert operators.seen == [KEPT.id, KEPT.id], "its secret went nowhere"
+    for torn in (token[:-1], token.removeprefix("amj_"), token.upper(), "../x"):
+        refused = agentmem("cluster", "revoke-token", torn)
+        assert refused.code == Exit.USAGE and "An id is 16 hexadecimal digits" in refused.err
+    assert len(operators.seen) == 2
